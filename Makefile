@@ -1,0 +1,62 @@
+# Every target that needs Python packages creates .venv by itself; only Python (3.11 or newer) with pip, and make, are
+# needed beforehand. pip's own settings apply: where only CPU builds of torch are wanted, set for example
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow coverage lint format bench constraints clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@echo 'Variables: PYTHON=python3.12 (needs a `make clean` when .venv exists), WORKERS=4, ARGS="-k st3" for pytest'
+
+install: $(STAMP)  ## Create or update .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Train a sparse digits classifier and write its report to runs/digits
+	$(RUN) examples/digits.py --output runs/digits
+
+test: $(STAMP)  ## Run the tests and the doctests, without the slow ones
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+test-slow: $(STAMP)  ## Run the slow tests only
+	$(RUN) -m pytest -m slow $(ARGS)
+
+coverage: $(STAMP)  ## Run the tests in one process and report the covered lines and branches
+	$(RUN) -m coverage run -m pytest $(ARGS)
+	$(RUN) -m coverage report
+
+lint: $(STAMP)  ## Check style, format, types and spelling; change nothing
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
+
+format: $(STAMP)  ## Repair what ruff can repair
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(STAMP)  ## Measure what the callback adds to a training step
+	$(RUN) benchmarks/overhead.py
+
+constraints:  ## Resolve everything but torch anew, with the newest versions, into constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@grep -E '^(#|torch==)' constraints.txt > $(VENV)/pins.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input -c $(VENV)/pins.txt -e '.[dev]'
+	@sed -i.bak '/^torch==/d' $(VENV)/pins.txt
+	$(RUN) -m pip freeze --all --exclude-editable | grep -viE '^(pip==|nvidia|cuda|triton)' \
+		| sed 's/+[a-z0-9.]*$$//' >> $(VENV)/pins.txt
+	@cp $(VENV)/pins.txt constraints.txt && touch $(STAMP)
+
+clean:  ## Remove .venv, caches and what runs have written
+	rm -rf $(VENV) build dist runs htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,19 @@
+"""Sparse training for PyTorch Lightning: one callback, any model."""
+
+from importlib.metadata import version
+
+from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.checkpoint import SparseModelCheckpoint
+from lightning_sparse.strategies import GMP, ST3, STR, AutoSparse, ST3Sigma, TopKGradientAnnealing
+
+__all__ = [
+    "GMP",
+    "ST3",
+    "STR",
+    "AutoSparse",
+    "ST3Sigma",
+    "SparseModelCheckpoint",
+    "SparseTraining",
+    "TopKGradientAnnealing",
+]
+__version__ = version("lightning-sparse")

@@ -1,0 +1,1 @@
+"""The swap of latent and sparse weights, and the callback that drives it."""

@@ -1,0 +1,110 @@
+"""Bookkeeping of theoretical FLOPs while a model trains."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_sparse.flops import FlopCount, FlopRecorder
+
+__all__ = ["Account"]
+
+
+class Account:
+    """FLOPs per sample, counted once, and what training has cost so far.
+
+    Attributes:
+        flops: Dense count of the counted inputs, with the weight that causes each part; None before it is known.
+        samples: Number of samples in the counted inputs.
+    """
+
+    def __init__(self) -> None:
+        self.flops: FlopCount | None = None
+        self.samples = 1
+        self._spent = self._spent_dense = self._rate = 0.0
+        self._recorder: FlopRecorder | None = None
+
+    def count_example(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Count with ``module.example_input_array``, if there is one and nothing has been counted yet."""
+        example = module.example_input_array
+        if example is None or self.flops is not None:
+            return
+        example = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(example))
+        args, kwargs = (example if isinstance(example, tuple) else (example,)), {}
+        if isinstance(example, Mapping):
+            args, kwargs = (), dict(example)
+        recorder = FlopRecorder(module)
+        if recorder.trace(module, args, kwargs):
+            self.samples = batch_size(example)
+            self.flops = recorder.count()
+
+    def open(self, module: pl.LightningModule) -> None:
+        """Record the calls of the first training batch, if nothing has been counted yet."""
+        if self.flops is None and self._recorder is None:
+            self._recorder = FlopRecorder(module)
+            self._recorder.__enter__()
+
+    def close(self, batch: Any) -> bool:
+        """Count what the batch called; whether that is news."""
+        if self._recorder is None or self.flops is not None:
+            return False
+        self._recorder.__exit__(None, None, None)
+        self.samples = batch_size(batch)
+        self.flops = self._recorder.count()
+        if not self.flops.dense:
+            rank_zero_warn(
+                "No FLOPs were counted: the calls inside compiled code cannot be seen."
+                " Set `example_input_array` in the LightningModule to have them counted."
+            )
+        return True
+
+    def abandon(self) -> None:
+        """Remove what watches the module."""
+        if self._recorder is not None:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = None
+
+    def price(self, densities: Mapping[str, float], gradient_densities: Mapping[str, float]) -> None:
+        """Set what a training sample costs from now on."""
+        if self.flops is not None:
+            self._rate = self.flops.training(densities, gradient_densities) / self.samples
+
+    def spend(self, samples: int) -> None:
+        """Book the training of some samples."""
+        if self.flops is not None:
+            self._spent += samples * self._rate
+            self._spent_dense += samples * 3.0 * self.flops.dense / self.samples
+
+    def metrics(self, densities: Mapping[str, float]) -> dict[str, float]:
+        """The numbers that are logged; nothing before the count is known."""
+        if self.flops is None or not self.flops.dense:
+            return {}
+        inference = self.flops.inference(densities)
+        return {
+            "flops/inference": inference / self.samples,
+            "flops/inference_ratio": inference / self.flops.dense,
+            "flops/training_total": self._spent,
+            "flops/training_ratio": self._spent / self._spent_dense if self._spent_dense else 1.0,
+        }
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run cannot count again."""
+        return {"spent": self._spent, "spent_dense": self._spent_dense, "rate": self._rate}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what has been spent."""
+        self._spent, self._spent_dense, self._rate = state["spent"], state["spent_dense"], state["rate"]
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch, as Lightning sees them; 1 if it cannot tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return extract_batch_size(batch)
+        except MisconfigurationException:
+            return 1

@@ -1,0 +1,273 @@
+"""The callback that trains a sparse model, and what a method is made of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_sparse import functional
+from lightning_sparse.engine.checks import check_choice, check_fraction, check_overrides, check_positive, check_window
+from lightning_sparse.engine.hooks import TrainingHooks
+from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.engine.weights import LatentWeights
+from lightning_sparse.reports import Report
+from lightning_sparse.schedules import SCHEDULES
+
+__all__ = ["SparseTraining"]
+
+
+class SparseTraining(TrainingHooks):
+    r"""Train a sparse model in place of a dense one.
+
+    For every target weight the optimizer updates a dense latent tensor :math:`\theta`, while the module holds the
+    sparse :math:`w = P(\theta)` in its own parameter. After backward, :math:`g = \partial L/\partial w` becomes
+    :math:`\partial L/\partial\theta = G(g)`. Outside the optimizer's step the module always holds :math:`w`; nothing is
+    wrapped, renamed or added.
+
+    Used as it is, the class combines ready parts. A published method is a subclass: a preset of these arguments, or
+    an override of :meth:`select`, :meth:`project` or :meth:`pull_back`.
+
+    Args:
+        sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``; None where the method
+            has no budget.
+        start: When the ramp starts: int = epoch, float = fraction of training.
+        end: When it reaches ``sparsity``.
+        initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
+        schedule: Shape of the ramp: a name, or a function from progress in ``[0, 1]`` to a fraction in ``[0, 1]``.
+        distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
+        projection: :math:`P`: keep the largest (``"hard"``), or shrink all by a common threshold (``"soft"``).
+        gradient: :math:`G`: all of it (``"straight_through"``), or that of the kept weights (``"masked"``).
+        freeze: After which moment the mask stays as it is and only the kept weights train; None for never.
+        update_every_n_steps: Optimizer steps between updates of masks and thresholds.
+        threshold_weight_decay: L2 penalty on learned thresholds, where the method has them.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log sparsity and threshold of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
+        TypeError: If an argument has the wrong type.
+        MisconfigurationException: If the Trainer's flags, its strategy or an optimizer cannot be served.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> callback = SparseTraining(0.75, verbose=False)
+        >>> trainer = L.Trainer(
+        ...     max_epochs=2,
+        ...     limit_train_batches=4,
+        ...     limit_val_batches=0,
+        ...     callbacks=[callback],
+        ...     accelerator="cpu",
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> callback.sparsity
+        0.75
+    """
+
+    paper: ClassVar[str] = ""
+    # False where pruned latent weights are zero, so that the parameter itself serves as the latent tensor.
+    keeps_latent: bool = True
+    # Whether w equals theta on the kept weights, so that a checkpoint need only hold theta where w is zero.
+    exact_on_kept: bool = False
+
+    def __init__(
+        self,
+        sparsity: float | None,
+        *,
+        start: int | float = 0.0,
+        end: int | float = 0.5,
+        initial_sparsity: float = 0.0,
+        schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
+        distribution: Literal["global", "uniform"] = "global",
+        projection: Literal["hard", "soft"] = "hard",
+        gradient: Literal["straight_through", "masked"] = "straight_through",
+        freeze: int | float | None = None,
+        update_every_n_steps: int = 1,
+        threshold_weight_decay: float = 0.0,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        if sparsity is not None:
+            check_fraction("sparsity", sparsity)
+        check_window(start, end, freeze)
+        check_fraction("initial_sparsity", initial_sparsity)
+        if not callable(schedule):
+            check_choice("schedule", schedule, SCHEDULES)
+        check_choice("distribution", distribution, ("global", "uniform"))
+        check_choice("projection", projection, ("hard", "soft"))
+        check_choice("gradient", gradient, ("straight_through", "masked"))
+        check_positive("update_every_n_steps", update_every_n_steps)
+        check_overrides(overrides, budget=sparsity is not None)
+        self.final_sparsity, self.initial_sparsity = sparsity, initial_sparsity
+        self.start, self.end, self.freeze = start, end, freeze
+        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        self.distribution, self.projection, self.gradient = distribution, projection, gradient
+        self.update_every_n_steps = update_every_n_steps
+        self.threshold_weight_decay = threshold_weight_decay
+        self.patterns: dict[str, Any] = {"targets": targets, "ignore": ignore, "overrides": overrides}
+        self.log_layers, self.verbose = log_layers, verbose
+
+        super().__init__(LatentWeights(self))
+
+    # -- what a method may override -----------------------------------------------------------------------------------
+
+    def init_state(self, theta: Tensor) -> dict[str, Tensor]:
+        """Declare the tensors that the method keeps per weight; those that require grad are learned."""
+        return {}
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Choose what lives among weights that share a budget.
+
+        Args:
+            latents: The weights.
+            sparsity: Fraction of zeros wanted now, in ``(0, 1)``.
+            context: Where training stands.
+
+        Returns:
+            Per weight a ``"mask"`` (bool, True = kept) or a ``"threshold"`` (scalar).
+        """
+        thetas = [latent.theta for latent in latents]
+        if self.projection == "soft":
+            threshold = functional.magnitude_quantile(thetas, sparsity or 0.0)
+            return [{"threshold": threshold.to(theta.dtype)} for theta in thetas]
+        total = sum(theta.numel() for theta in thetas)
+        masks = functional.topk_masks(thetas, total - round((sparsity or 0.0) * total))
+        return [{"mask": mask} for mask in masks]
+
+    def project(self, latent: Latent, context: Context, out: Tensor) -> None:
+        """Write into ``out`` what the network sees of a weight that has a latent tensor."""
+        if "mask" in latent.state:
+            functional.hard_threshold(latent.theta, latent.state["mask"], out=out)
+        elif "threshold" in latent.state:
+            functional.soft_threshold(latent.theta, latent.state["threshold"], out=out)
+        else:
+            out.copy_(latent.theta)
+
+    def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
+        """Turn the gradient at the sparse weight into that of its latent.
+
+        Gradients of learnable tensors in ``latent.state`` are left in their ``.grad``.
+
+        Args:
+            latent: The weight.
+            grad: Gradient at the sparse weight; its memory may be reused for the result.
+            context: Where training stands.
+        """
+        if self.gradient == "masked" and latent.state:
+            return functional.mask_gradient(grad, latent.mask, out=grad)
+        return grad
+
+    def gradient_density(self, density: float, context: Context) -> float:
+        """Fraction of the weight gradient that the method has to compute, for a weight of the given density."""
+        return density if self.gradient == "masked" else 1.0
+
+    # -- what other programs read -------------------------------------------------------------------------------------
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the weights under control."""
+        return list(self._weights.latents)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros that the model has now among the weights under control."""
+        return functional.sparsity(latent.weight for latent in self._bound().values())
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """Fraction of zeros that the schedule asks for now; None if the method has no budget."""
+        latents = list(self._weights.latents.values())
+        pools = self.budgets(latents, self._context())
+        sizes = [sum(latent.theta.numel() for latent in pool) for pool, _ in pools]
+        if self.final_sparsity is None or not sum(sizes):
+            return None
+        return sum(size * (wanted or 0.0) for size, (_, wanted) in zip(sizes, pools, strict=True)) / sum(sizes)
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the ramp is over and the model has at least its final sparsity, to the weight."""
+        wanted = self.target_sparsity
+        if wanted is None:
+            return True
+        latents = self._bound()
+        slack = (len(latents) if self.distribution == "uniform" else 1) / sum(
+            x.weight.numel() for x in latents.values()
+        )
+        return self._context().progress >= 1.0 and self.sparsity >= wanted - slack
+
+    def latent(self, name: str) -> Tensor:
+        """Dense latent tensor of a weight."""
+        return self._find(name).theta
+
+    def mask(self, name: str) -> Tensor:
+        """Keep set of a weight, bool, True = kept."""
+        return self._find(name).mask
+
+    def threshold(self, name: str) -> float | None:
+        """Threshold of a weight; None if it is not pruned by one."""
+        threshold = self._find(name).state.get("threshold")
+        return None if threshold is None else float(threshold)
+
+    def report(self) -> Report:
+        """Rows of all weights and totals; prints as a table."""
+        latents, flops = self._bound(), self._account.flops
+        per_sample = {name: macs / self._account.samples for name, macs in flops.by_layer.items()} if flops else {}
+        rows = [
+            row.measured(latents[row.name].weight, self.threshold(row.name), per_sample.get(row.name))
+            if row.treated
+            else row
+            for row in self._rows
+        ]
+        return Report(type(self).__name__, rows, self.metrics(), flops.uncounted if flops else {})
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that are logged each epoch."""
+        module, latents = self._module_now(), self._bound()
+        densities = {name: 1.0 - functional.sparsity([latent.weight]) for name, latent in latents.items()}
+        metrics = {"sparsity/total": self.sparsity}
+        if self.target_sparsity is not None:
+            metrics["sparsity/target"] = self.target_sparsity
+        if module is not None:
+            metrics["sparsity/model"] = functional.sparsity(module.parameters())
+        metrics |= self._account.metrics(densities)
+        if self.log_layers:
+            for name, latent in latents.items():
+                metrics[f"sparsity/layer/{name}"] = 1.0 - densities[name]
+                if "threshold" in latent.state:
+                    metrics[f"threshold/{name}"] = float(latent.state["threshold"])
+        return metrics
+
+    # -- schedule -----------------------------------------------------------------------------------------------------
+
+    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
+        """Group the weights that compete with one another, each group with the sparsity wanted now."""
+        if self.final_sparsity is None:
+            return [(list(latents), None)]
+        common = [latent for latent in latents if latent.sparsity is None]
+        own = [([latent], latent.sparsity) for latent in latents if latent.sparsity is not None]
+        pools = [[latent] for latent in common] if self.distribution == "uniform" else [common] if common else []
+        way = self.schedule(context.progress)
+        return [
+            (pool, self.initial_sparsity + way * (final - self.initial_sparsity))
+            for pool, final in [*((pool, self.final_sparsity) for pool in pools), *own]
+        ]
+
+    def _bound(self) -> dict[str, Latent]:
+        module = self._module_now()
+        if module is not None:
+            self._weights.bind(module)
+        return self._weights.latents
+
+    def _find(self, name: str) -> Latent:
+        check_choice("name", name, self._weights.latents)
+        return self._bound()[name]

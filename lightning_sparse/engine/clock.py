@@ -1,0 +1,77 @@
+"""Where training stands, in epochs."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+__all__ = ["Clock"]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Converts moments of training to epochs.
+
+    A data loader of unknown length has no fraction of an epoch; the whole training then counts as one epoch of
+    ``max_steps`` steps, and only fractions of training can be told.
+
+    Attributes:
+        epochs: Length of the whole training in epochs, infinite when open-ended.
+        batches: Batches per epoch.
+        sized: Whether the number of batches per epoch is known.
+    """
+
+    epochs: float
+    batches: float
+    sized: bool = True
+
+    @classmethod
+    def of(cls, trainer: "pl.Trainer", max_epochs: int | None) -> "Clock":
+        """Read the clock's face from the Trainer's flags."""
+        accumulated = trainer.accumulate_grad_batches * trainer.max_steps / max(1, len(trainer.optimizers))
+        batches = float(trainer.num_training_batches)
+        if math.isinf(batches) and trainer.max_steps > 0:
+            return cls(1.0, accumulated, sized=False)
+        epochs = math.inf if max_epochs in (None, -1) else float(max_epochs or 0)
+        if trainer.max_steps > 0 and batches:
+            epochs = min(epochs, accumulated / batches)
+        return cls(epochs, batches, sized=not math.isinf(batches))
+
+    def position(self, epoch: int, batch: int, total_batch: int) -> float:
+        """Epochs so far.
+
+        Args:
+            epoch: Index of the current epoch.
+            batch: Batches done in it.
+            total_batch: Batches done since training began.
+        """
+        return epoch + batch / self.batches if self.sized else min(1.0, total_batch / self.batches)
+
+    def at(self, moment: int | float, argument: str) -> float:
+        """Epochs at a moment given as an epoch (int) or as a fraction of training (float).
+
+        Raises:
+            MisconfigurationException: If the Trainer's flags do not determine that moment.
+        """
+        if isinstance(moment, float) and math.isinf(self.epochs):
+            raise MisconfigurationException(
+                f"Expected argument `{argument}` to be an int (epoch), as training is open-ended, but got {moment!r}."
+                " Set `max_epochs` or `max_steps` in the Trainer, or give an epoch."
+            )
+        if isinstance(moment, int) and moment > 0 and not self.sized:
+            raise MisconfigurationException(
+                f"Expected argument `{argument}` to be a float (fraction of training) because the length of the data"
+                f" loader is unknown, but got {moment!r}."
+            )
+        return float(moment) if isinstance(moment, int) else moment * self.epochs
+
+    def progress(self, position: float, start: float, end: float) -> float:
+        """Progress over a window, in ``[0, 1]``; before it 0, from its end on 1."""
+        if position >= end:
+            return 1.0
+        # Rounded, so that 0.7 * 10 epochs end with the 7th epoch and not one step later.
+        return min(1.0, max(0.0, round((position - start) / (end - start), 12)))

@@ -1,0 +1,347 @@
+"""When each thing happens: the only code that knows Lightning's training hooks."""
+
+import weakref
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_sparse.engine.account import Account, batch_size
+from lightning_sparse.engine.clock import Clock
+from lightning_sparse.engine.latent import Context
+from lightning_sparse.engine.targets import Target, find_targets
+from lightning_sparse.engine.weights import FORMAT, LatentWeights
+from lightning_sparse.reports import Report, Row, show_report, show_targets
+
+__all__ = ["TrainingHooks"]
+
+
+class TrainingHooks(pl.Callback):
+    """Show the dense latents to the optimizer, the sparse weights to everyone else, and tell what has happened.
+
+    Args:
+        weights: The weights under control, and the method by which they live.
+    """
+
+    # Set by the method, see `SparseTraining`.
+    start: int | float
+    end: int | float
+    freeze: int | float | None
+    final_sparsity: float | None
+    patterns: dict[str, Any]
+    verbose: bool
+
+    def __init__(self, weights: LatentWeights) -> None:
+        self._weights = weights
+        self._account = Account()
+        self._rows: list[Row] = []
+        self._module: weakref.ref[pl.LightningModule] | None = None
+        self._clock = Clock(1.0, 1.0)
+        self._max_epochs: int | None = None
+        self._epoch, self._position = 0, 0.0
+        self._attached = False
+        self._vanished: set[str] = set()
+        self._restored: dict[str, Any] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that are logged each epoch."""
+        raise NotImplementedError
+
+    def report(self) -> Report:
+        """Rows of all weights and totals."""
+        raise NotImplementedError
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros that the model has now among the weights under control."""
+        raise NotImplementedError
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the model has its final sparsity."""
+        raise NotImplementedError
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(**self.patterns)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when fit, validate, test or predict begins. Checks the Trainer and touches nothing."""
+        if stage != TrainerFn.FITTING:
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` cannot train with `{type(trainer.strategy).__name__}`, which shards weights."
+                " Use one device or `strategy='ddp'`."
+            )
+        # Behind the others and before the checkpoints, so that whatever they put into the model or into a checkpoint
+        # (averaged weights, for one) is made sparse, in whichever order the user lists them.
+        others = [callback for callback in _callbacks(trainer) if callback is not self]
+        last = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
+        trainer.callbacks = [*others[:last], self, *others[last:]]  # type: ignore[attr-defined]
+        self._max_epochs, self._attached = trainer.max_epochs, False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when fit begins and optimizers exist. Checks optimizers and targets."""
+        trainer.fit_loop.setup_data()  # the sanity check comes before the length of an epoch is known
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise MisconfigurationException(
+                    f"`{type(self).__name__}` cannot train with `LBFGS`, which evaluates the model more than once a"
+                    " step. Use an optimizer that evaluates it once, such as SGD or AdamW."
+                )
+        verdicts = self._verdicts(pl_module)
+        mine = {verdict.name for verdict in verdicts if verdict.treated}
+        if not mine:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` has no trainable target: "
+                + "; ".join(sorted({f"{v.name}: {v.reason}" for v in verdicts})[:8])
+                + ". Choose weights with `targets`."
+            )
+        for other in _callbacks(trainer):
+            if isinstance(other, TrainingHooks) and other is not self:
+                common = mine & {verdict.name for verdict in other._verdicts(pl_module) if verdict.treated}
+                if common:
+                    raise MisconfigurationException(
+                        f"`{type(self).__name__}` and `{type(other).__name__}` both target {sorted(common)[:4]}."
+                        " Give each its own `targets` or `ignore`."
+                    )
+
+    def _verdicts(self, module: pl.LightningModule) -> list[Target]:
+        return find_targets(module, **self.patterns)
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when the sanity check starts, the first moment at which weights and checkpoint are in place."""
+        self._attach(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins. Takes the latents and projects them, unless that has been done."""
+        self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._attached and self._restored is None:
+            return
+        self._module = weakref.ref(pl_module)
+        self._clock = Clock.of(trainer, self._max_epochs)
+        start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
+        if end < start or (self.freeze is not None and self._clock.at(self.freeze, "freeze") < end):
+            raise MisconfigurationException(
+                f"Expected `start` <= `end` <= `freeze`, but they fall on epochs {start:g}, {end:g} and"
+                f" {end if self.freeze is None else self._clock.at(self.freeze, 'freeze'):g}."
+            )
+        self._tick(trainer, 0)
+        verdicts = self._verdicts(pl_module)
+        self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
+        if self._restored is None and trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"The checkpoint holds no state of `{self.state_key}`:"
+                " its latents start from the weights in the checkpoint."
+            )
+        restored, self._restored = self._restored, None
+        self._weights.take((v for v in verdicts if v.treated), self._context(), restored)
+        if restored is not None:
+            self._account.load_state_dict(restored["account"])
+        self._account.count_example(trainer, pl_module)
+        self._take_stock()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            optimizer.register_step_post_hook(lambda optimizer, *_: self._after_step(trainer, optimizer))
+            for optimizer in trainer.optimizers
+        ]
+        if self.verbose and not self._attached and trainer.is_global_zero:
+            show_targets(type(self).__name__, self._rows)
+        self._attached = True
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when a training epoch begins. Keeps the promised zeros if another callback averaged the weights."""
+        self._weights.enforce()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch begins. Sets the clock to the end of this batch."""
+        self._attach(trainer, pl_module)  # a learning rate finder may have restored a checkpoint meanwhile
+        self._tick(trainer, batch_idx + 1)
+        self._account.open(pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Called before ``optimizer.step`` and before gradients are clipped. Shows the latents to the optimizer."""
+        self._weights.bind(pl_module)
+        self._weights.expose(optimizer, self._context())
+
+    def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        stepped = self._weights.stepped(optimizer, trainer.optimizers.index(optimizer), self._context)
+        # A learning rate finder takes the callbacks away while it trains.
+        if not stepped and self in _callbacks(trainer):
+            raise MisconfigurationException(
+                f"`{type(optimizer).__name__}` was stepped without Lightning, so `{type(self).__name__}` could not show"
+                " it the latents. In manual optimization step the optimizers that `self.optimizers()` returns."
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Settles what no optimizer step has, and keeps the accounts."""
+        self._weights.settle(self._context())
+        if (
+            self.freeze is not None
+            and not self._weights.frozen
+            and self._position > self._clock.at(self.freeze, "freeze")
+        ):
+            self._weights.freeze(self._context())
+        if self._account.close(batch):
+            self._price()
+        self._account.spend(batch_size(batch) * trainer.world_size)
+        self._take_stock()
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.barebones and batch_idx % every == 0:
+            pl_module.log("sparsity", self._weights.sparsity, prog_bar=True, logger=False, batch_size=1)
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when validation begins. Keeps the promised zeros in averaged weights, lets others monitor sparsity."""
+        if self._attached and trainer.state.fn == TrainerFn.FITTING:
+            self._weights.enforce()
+            self._publish(trainer, log=False)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when a training epoch ends. Logs sparsity and FLOPs, warns of weights that have vanished."""
+        self._publish(trainer, log=True)
+        for name in [name for name, density in self._weights.densities.items() if not density]:
+            if name not in self._vanished:
+                self._vanished.add(name)
+                rank_zero_warn(
+                    f"`{type(self).__name__}` has pruned all of `{name}`, {self._weights.latents[name].theta.numel()}"
+                    " weights, equal magnitudes among them together. Leave it dense with `ignore`, or give it a budget"
+                    " with `overrides`."
+                )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends. Keeps the promised zeros in averaged weights."""
+        self._weights.enforce()
+        if not self.target_reached:
+            rank_zero_warn(
+                f"Training ended at sparsity {self.sparsity:.4f}, before `{type(self).__name__}` reached"
+                f" {self.final_sparsity}. Let `end` come earlier or train longer."
+            )
+        elif self.sparsity == 0.0 and self.final_sparsity is None:
+            rank_zero_warn(
+                f"`{type(self).__name__}` pruned nothing: no threshold exceeded a weight. Raise `threshold_init`,"
+                " `threshold_weight_decay` or the length of training."
+            )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when fit ends. Prints the summary."""
+        if self.verbose and trainer.is_global_zero:
+            monitors = {getattr(callback, "monitor", None) for callback in _callbacks(trainer)}
+            found = {key: float(value) for key, value in trainer.callback_metrics.items() if key in monitors}
+            show_report(self.report(), found)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when training is interrupted. Leaves sparse weights and no hooks; checkpoints are saved after this."""
+        if self._attached:
+            self._weights.settle(self._context())
+        self._detach()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when fit, validate, test or predict ends. Removes every hook."""
+        self._detach()
+
+    def _detach(self) -> None:
+        self._account.abandon()
+        while self._handles:
+            self._handles.pop().remove()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Called when saving a checkpoint. Returns the latents and all that resuming needs."""
+        if self._restored is not None:  # not taken yet
+            return self._restored
+        if not self._weights.latents:
+            return {}
+        return {**self._weights.state_dict(), "account": self._account.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called when loading a checkpoint. Keeps the state until the weights are in place."""
+        if state_dict.get("format") != FORMAT:
+            raise ValueError(
+                f"Expected the state of `{self.state_key}` to have format {FORMAT},"
+                f" but got {state_dict.get('format')!r}. Resume with the version that wrote the checkpoint."
+            )
+        self._restored = state_dict
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when saving a checkpoint. Keeps the promised zeros in averaged weights."""
+        self._weights.enforce(checkpoint["state_dict"])
+
+    def _context(self, step: int = 0) -> Context:
+        start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
+        progress = self._clock.progress(self._position, start, end)
+        return Context(step, self._epoch, self._clock.epochs, progress)
+
+    def _tick(self, trainer: pl.Trainer, batches: int) -> None:
+        """Read the clock, with so many batches of the current epoch done."""
+        self._epoch = trainer.current_epoch
+        self._position = self._clock.position(self._epoch, batches, trainer.fit_loop.total_batch_idx + 1)
+
+    def _publish(self, trainer: pl.Trainer, *, log: bool) -> None:
+        metrics = self.metrics()
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        if log:
+            for logger in trainer.loggers:
+                logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=trainer.global_step)
+
+    def _take_stock(self) -> None:
+        """Count the zeros, and let the next batch cost accordingly."""
+        self._weights.count()
+        self._price()
+
+    def _price(self) -> None:
+        densities, context = self._weights.densities, self._context()
+        needed = {
+            name: a if self._weights.frozen else self._weights.method.gradient_density(a, context)
+            for name, a in densities.items()
+        }
+        self._account.price(densities, needed)
+
+    def _module_now(self) -> pl.LightningModule | None:
+        return None if self._module is None else self._module()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None, "_handles": []}
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks of a Trainer, which Lightning does not declare."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

@@ -1,0 +1,115 @@
+"""The record of one weight under control."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Context", "Latent"]
+
+
+@dataclass
+class Latent:
+    """All tensors that belong to one sparse weight.
+
+    Attributes:
+        name: Name of the parameter.
+        path: Name by which ``module.get_parameter`` finds it.
+        weight: The parameter: what the network sees.
+        dense: Dense latent tensor; None where the parameter itself is the latent, because pruned entries are zero.
+        state: Tensors of the method by name: ``"mask"`` (bool, True = kept) or ``"threshold"`` (scalar; kept is what
+            exceeds it), and whatever the method declares. Those that require grad are learned from their ``.grad``.
+        sparsity: Own budget, if it does not share the common one.
+    """
+
+    name: str
+    path: str
+    weight: Tensor
+    dense: Tensor | None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    sparsity: float | None = None
+
+    @property
+    def theta(self) -> Tensor:
+        """The dense latent weights, wherever they are kept."""
+        return self.weight.detach() if self.dense is None else self.dense
+
+    @property
+    def mask(self) -> Tensor:
+        """The keep set, bool, True = kept."""
+        if "mask" in self.state:
+            return self.state["mask"]
+        if "threshold" in self.state:
+            return self.theta.abs() > self.state["threshold"]
+        return torch.ones_like(self.theta, dtype=torch.bool)
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """The learnable tensors of the state."""
+        return {key: tensor for key, tensor in self.state.items() if tensor.requires_grad}
+
+    def select(self, selection: Mapping[str, Tensor]) -> None:
+        """Replace mask and threshold; neither means that everything is kept."""
+        for key in ("mask", "threshold"):
+            self.state.pop(key, None)
+        self.state.update(selection)
+
+    def pack(self, exact_on_kept: bool) -> dict[str, Any]:
+        """Turn the record into tensors fit for a checkpoint, which holds ``weight`` already.
+
+        Args:
+            exact_on_kept: Whether the latent equals the weight on the keep set and need not be stored there.
+        """
+        packed: dict[str, Any] = {
+            "state": {key: tensor.detach().clone() for key, tensor in self.state.items() if tensor.dtype != torch.bool},
+            "bits": {key: _pack_bits(tensor) for key, tensor in self.state.items() if tensor.dtype == torch.bool},
+        }
+        if self.dense is not None and exact_on_kept:
+            packed["pruned"] = self.dense[~self.mask]
+        elif self.dense is not None:
+            packed["theta"] = self.dense.clone()
+        return packed
+
+    def unpack(self, packed: Mapping[str, Any]) -> None:
+        """Restore the record from :meth:`pack`; ``weight`` must hold what the checkpoint held."""
+        for key, tensor in packed["state"].items():
+            learned = key in self.learned
+            self.state[key] = tensor.to(self.weight.device, copy=True).requires_grad_(learned)
+        for key, bits in packed["bits"].items():
+            self.state[key] = _unpack_bits(bits, self.weight)
+        if "theta" in packed:
+            self.dense = packed["theta"].to(self.weight, copy=True)
+        elif "pruned" in packed:
+            self.dense = self.weight.detach().clone()
+            self.dense[~self.mask] = packed["pruned"].to(self.weight)
+        else:
+            self.dense = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where training stands.
+
+    Attributes:
+        step: Steps so far of the optimizer at hand.
+        epoch: Index of the current epoch.
+        epochs: Length of the whole training in epochs, infinite when open-ended.
+        progress: Progress over the window from ``start`` to ``end``, in ``[0, 1]``.
+    """
+
+    step: int
+    epoch: int
+    epochs: float
+    progress: float
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def _unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
+    flat = np.unpackbits(bits.cpu().numpy(), count=like.numel())
+    return torch.from_numpy(flat).bool().view(like.shape).to(like.device)

@@ -1,0 +1,175 @@
+"""Which weights are made sparse, and why the others are not."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+__all__ = ["Overrides", "Target", "find_targets"]
+
+# Per pattern: settings of the weights that match it, or None to leave them dense.
+Overrides = Mapping[str, Mapping[str, float] | None]
+
+# Layers whose weights are treated by default; `Conv1D` of Hugging Face is recognised by name.
+_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter and the verdict on it.
+
+    Attributes:
+        name: Name of the parameter in the module, without the prefix that ``torch.compile`` inserts.
+        path: Name by which ``module.get_parameter`` finds it.
+        parameter: The parameter itself.
+        treated: Whether it is made sparse.
+        reason: Kind of layer if treated, else why not.
+        sparsity: Its own budget from ``overrides``, in ``[0, 1)``, or None.
+    """
+
+    name: str
+    path: str
+    parameter: nn.Parameter
+    treated: bool
+    reason: str
+    sparsity: float | None = None
+
+
+def find_targets(
+    module: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    overrides: Overrides | None = None,
+) -> list[Target]:
+    """Give a verdict on every parameter of a module, tied parameters once.
+
+    A pattern is a glob over names of parameters and of the modules around them (``"layer1.*"``), a regular expression
+    searched in the parameter's name (``"re:layer[12]"``), or the class name of a module around it (``"Conv2d"``).
+
+    Args:
+        module: Any module.
+        targets: Patterns of the weights to treat. By default every weight with at least two dimensions of linear,
+            convolution, transposed convolution, attention and recurrent layers and Hugging Face ``Conv1D``. Patterns
+            select weights with at least two dimensions; others must be named in full.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` or None (stay dense). A full name beats a module or a glob, which
+            beats a class name; then the longer pattern wins.
+
+    Returns:
+        One verdict per parameter, in the order of ``module.named_parameters()``.
+
+    Raises:
+        ValueError: If a pattern matches no parameter; the message lists near matches.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        >>> [(t.name, t.reason) for t in find_targets(net, ignore=["2"]) if t.parameter.ndim > 1]
+        [('0.weight', 'Linear'), ('2.weight', 'in `ignore`')]
+    """
+    candidates = list(_candidates(module))
+    for argument, patterns in (("targets", targets), ("ignore", ignore), ("overrides", overrides)):
+        for pattern in patterns or ():
+            if not any(candidate.match(pattern) for candidate in candidates):
+                raise ValueError(_no_match(argument, pattern, candidates))
+    return [candidate.verdict(targets, ignore or (), overrides or {}) for candidate in candidates]
+
+
+@dataclass
+class _Candidate:
+    """A parameter under every name it has, each with the modules around it, outermost first."""
+
+    parameter: nn.Parameter
+    names: list[str]
+    paths: list[str]
+    ancestors: list[list[tuple[str, nn.Module]]]
+
+    def match(self, pattern: str) -> int:
+        """Rank of the match: 3 by full name, 2 by name, module or expression, 1 by class, 0 not at all."""
+        if pattern in self.names:
+            return 3
+        if pattern.startswith("re:"):
+            return 2 * any(re.search(pattern[3:], name) is not None for name in self.names)
+        around = [ancestor for chain in self.ancestors for ancestor in chain]
+        if any(fnmatchcase(name, pattern) for name in [*self.names, *(path for path, _ in around if path)]):
+            return 2
+        return int(any(cls.__name__ == pattern for _, layer in around for cls in type(layer).__mro__))
+
+    def verdict(self, targets: Sequence[str] | None, ignore: Sequence[str], overrides: Overrides) -> Target:
+        """Decide whether the parameter is treated."""
+        matching = [pattern for pattern in overrides if self.match(pattern)]
+        best = max(matching, key=lambda pattern: (self.match(pattern), len(pattern)), default=None)
+        override: Mapping[str, Any] | None = {} if best is None else overrides[best]
+        refusal = self._refusal(targets, ignore)
+        if refusal is None and override is None:
+            refusal = f"dense by `overrides[{best!r}]`"
+        return Target(
+            self.names[0],
+            self.paths[0],
+            self.parameter,
+            treated=refusal is None,
+            reason=refusal or type(self.ancestors[0][-1][1]).__name__,
+            sparsity=(override or {}).get("sparsity"),
+        )
+
+    def _refusal(self, targets: Sequence[str] | None, ignore: Sequence[str]) -> str | None:
+        rank = max((self.match(pattern) for pattern in targets or ()), default=0)
+        if targets is not None and not rank:
+            return "not in `targets`"
+        if isinstance(self.parameter, UninitializedParameter):
+            return "not initialised"
+        if self.parameter.ndim < 2 and rank < 3:
+            return "fewer than 2 dimensions"
+        if targets is None:
+            for chain, name in zip(self.ancestors, self.names, strict=True):
+                layer, leaf = chain[-1][1], name.rpartition(".")[2]
+                if not (isinstance(layer, _LAYERS) or type(layer).__name__ == "Conv1D") or "weight" not in leaf:
+                    tied = f" (tied to {name})" if name != self.names[0] else ""
+                    return f"{type(layer).__name__} stays dense by default{tied}"
+        if any(self.match(pattern) for pattern in ignore):
+            return "in `ignore`"
+        if not self.parameter.is_floating_point():
+            return "not floating point"
+        return None if self.parameter.requires_grad else "frozen"
+
+
+def _candidates(module: nn.Module) -> Iterator[_Candidate]:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    found: dict[int, _Candidate] = {}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        parts = path.split(".")[:-1]
+        chain = [(_plain(".".join(parts[:depth])), modules[".".join(parts[:depth])]) for depth in range(len(parts) + 1)]
+        candidate = found.setdefault(id(parameter), _Candidate(parameter, [], [], []))
+        candidate.names.append(_plain(path))
+        candidate.paths.append(path)
+        candidate.ancestors.append(chain)
+    yield from found.values()
+
+
+def _plain(path: str) -> str:
+    """Drop what ``torch.compile`` inserts into names."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def _no_match(argument: str, pattern: str, candidates: list[_Candidate]) -> str:
+    around = [ancestor for candidate in candidates for chain in candidate.ancestors for ancestor in chain]
+    known = {name for candidate in candidates for name in candidate.names}
+    known |= {path for path, _ in around if path} | {type(layer).__name__ for _, layer in around}
+    close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else f"Known names are, among others, {sorted(known)[:6]}."
+    )
+    return f"Expected each pattern in `{argument}` to match a parameter, but {pattern!r} matches none. {hint}"

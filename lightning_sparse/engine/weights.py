@@ -1,0 +1,266 @@
+"""The swap: dense latents in the optimizer's step, sparse weights at every other time."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.engine.learner import Learner
+from lightning_sparse.engine.targets import Target
+
+__all__ = ["FORMAT", "LatentWeights", "Method"]
+
+# Version of the layout of `state_dict`.
+FORMAT = 1
+
+
+class Method(Protocol):
+    """What a method answers; see :class:`~lightning_sparse.engine.callback.SparseTraining`."""
+
+    keeps_latent: bool
+    exact_on_kept: bool
+    update_every_n_steps: int
+    threshold_weight_decay: float
+
+    def init_state(self, theta: Tensor) -> dict[str, Tensor]:
+        """Tensors that the method keeps for a weight."""
+
+    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
+        """Weights that compete, group by group, with the sparsity wanted now."""
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Mask or threshold of each weight of a group."""
+
+    def project(self, latent: Latent, context: Context, out: Tensor) -> None:
+        """What the network sees."""
+
+    def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
+        """What the latent hears of the gradient."""
+
+    def gradient_density(self, density: float, context: Context) -> float:
+        """Fraction of the weight gradient that is needed."""
+
+
+class LatentWeights:
+    """All weights under control, and which version of each is in the model.
+
+    Args:
+        method: Chooses what lives, what the network sees and what the gradient is.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.latents: dict[str, Latent] = {}
+        self.frozen = False
+        self.steps: dict[int, int] = {}
+        self._learner = Learner(())
+        # The weights that hold theta at present, by the optimizer that is about to step them.
+        self._exposed: dict[int, list[tuple[Latent, dict[str, Any]]]] = {}
+        # Whether a step of one optimizer has changed a budget that weights of another share.
+        self._stale = False
+        self._selected_last = False
+        self._nonzeros: dict[str, int] = {}
+
+    # -- taking and giving back ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def take(self, targets: Iterable[Target], context: Context, restored: dict[str, Any] | None) -> None:
+        """Take the latents of the targets and project them into the model.
+
+        Latents come from a checkpoint, else from an earlier ``fit`` if the model still holds what it left there, else
+        from the model's weights.
+
+        Raises:
+            ValueError: If a weight is not finite, or the checkpoint was written by an incompatible version.
+        """
+        previous, self.latents = ({} if self.frozen else self.latents), {}
+        self.frozen = bool(restored and restored["frozen"])
+        fresh = []
+        for target in targets:
+            weight = target.parameter
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"Expected weight `{target.name}` to be finite, but it has NaN or infinite entries.")
+            theta = weight.detach().clone() if self.method.keeps_latent else None
+            latent = Latent(
+                target.name, target.path, weight, theta, self.method.init_state(weight.detach()), target.sparsity
+            )
+            self.latents[latent.name] = latent
+            if restored is not None and latent.name in restored["latents"]:
+                latent.unpack(restored["latents"][latent.name])
+            elif latent.name in previous and self._left_by(previous[latent.name], weight, context):
+                latent.dense, latent.state = previous[latent.name].dense, previous[latent.name].state
+            else:
+                fresh.append(latent)
+        self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay)
+        self.steps = {}
+        self._selected_last = False
+        if restored is not None:
+            self._learner.load_state_dict(restored["learner"])
+            self.steps = dict(restored["steps"])
+            self._selected_last = restored["selected_last"]
+        self._exposed.clear()
+        if fresh:
+            self._select(fresh, context)
+        self._project(self.latents.values(), context)
+
+    def bind(self, module: nn.Module) -> None:
+        """Look every parameter up again: strategies and users may have replaced it."""
+        for latent in self.latents.values():
+            latent.weight = module.get_parameter(latent.path)
+
+    def _left_by(self, latent: Latent, weight: Tensor, context: Context) -> bool:
+        """Whether the model still holds what the latent projects to."""
+        if latent.theta.shape != weight.shape or latent.theta.device != weight.device or latent.dense is None:
+            return False
+        expected = torch.empty_like(latent.dense)
+        self.method.project(latent, context, expected)
+        return torch.allclose(expected, weight)
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def expose(self, optimizer: Optimizer, context: Context) -> None:
+        """Map gradients to the latents and put the latents into the parameters, just before the optimizer steps."""
+        if id(optimizer) in self._exposed:
+            return
+        by_parameter = {id(latent.weight): latent for latent in self.latents.values()}
+        groups = [(by_parameter.get(id(p)), group) for group in optimizer.param_groups for p in group["params"]]
+        hosted = [(latent, group) for latent, group in groups if latent is not None]
+        for latent, _ in hosted:
+            grad = latent.weight.grad
+            if grad is not None:
+                latent_grad = self._pull_back(latent, grad, context)
+                if latent_grad is not grad:
+                    grad.copy_(latent_grad)
+        self._exposed[id(optimizer)] = hosted
+        _copy((latent.weight, latent.dense) for latent, _ in hosted)
+
+    @torch.no_grad()
+    def stepped(self, optimizer: Optimizer, index: int, context: Callable[[int], Context]) -> bool:
+        """Take the stepped latents back and show the network their new projection.
+
+        Returns:
+            Whether the optimizer held latents; if not, something stepped it past the callback.
+        """
+        hosted = self._exposed.pop(id(optimizer), None)
+        if hosted is None:
+            return False
+        _copy((latent.dense, latent.weight) for latent, _ in hosted)
+        self._learner.step(hosted, optimizer)
+        self.steps[index] = self.steps.get(index, 0) + 1
+        self._update([latent for latent, _ in hosted], context(self.steps[index]))
+        return True
+
+    @torch.no_grad()
+    def settle(self, context: Context) -> None:
+        """Leave every weight sparse: after a skipped step, an exception, or the last of several optimizers."""
+        interrupted = [latent for hosted in self._exposed.values() for latent, _ in hosted]
+        self._exposed.clear()
+        _copy((latent.dense, latent.weight) for latent in interrupted)
+        if self._stale:
+            self._select(self.latents.values(), context)
+            self._project(self.latents.values(), context)
+        elif interrupted:
+            self._project(interrupted, context)
+        self._stale = False
+
+    @property
+    def exposing(self) -> bool:
+        """Whether any parameter holds its latent at present."""
+        return bool(self._exposed)
+
+    def _update(self, latents: list[Latent], context: Context) -> None:
+        due = context.step % self.method.update_every_n_steps == 0
+        last = context.progress >= 1.0 and not self._selected_last
+        if (due or last) and not self.frozen:
+            self._select(latents, context)
+            self._selected_last = context.progress >= 1.0
+            self._stale = len(latents) < len(self.latents)
+        self._project(latents, context)
+
+    def _select(self, latents: Iterable[Latent], context: Context) -> None:
+        chosen = {latent.name for latent in latents}
+        for pool, sparsity in self.method.budgets(list(self.latents.values()), context):
+            if chosen.isdisjoint(latent.name for latent in pool):
+                continue
+            selections = [{} for _ in pool] if sparsity == 0.0 else self.method.select(pool, sparsity, context)
+            for latent, selection in zip(pool, selections, strict=True):
+                if latent.name in chosen:
+                    latent.select(selection)
+
+    def _project(self, latents: Iterable[Latent], context: Context) -> None:
+        for latent in latents:
+            if latent.dense is not None:
+                self.method.project(latent, context, latent.weight)
+            elif "mask" in latent.state:
+                latent.weight.masked_fill_(~latent.state["mask"], 0.0)
+
+    def _pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
+        if self.frozen:
+            return grad.masked_fill_(~latent.state["mask"], 0.0)
+        return self.method.pull_back(latent, grad, context)
+
+    # -- the mask as a promise ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def freeze(self, context: Context) -> None:
+        """Bake w into the latents and keep the mask: from now on only the kept weights train."""
+        self._select(self.latents.values(), context)
+        self._project(self.latents.values(), context)
+        for latent in self.latents.values():
+            mask = latent.mask
+            latent.state, latent.dense = {"mask": mask}, None
+        self._learner = Learner(())
+        self._nonzeros.clear()
+        self.frozen = True
+
+    @torch.no_grad()
+    def enforce(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Zero the pruned entries of whatever the model (or a state dict) holds now, such as averaged weights."""
+        for latent in self.latents.values():
+            held = latent.weight if tensors is None else tensors.get(latent.path)
+            if held is not None and ("mask" in latent.state or "threshold" in latent.state):
+                held.masked_fill_(~latent.mask.to(held.device), 0.0)
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def count(self) -> None:
+        """Count the nonzero entries of what the network sees, with one transfer from the device."""
+        if self.frozen and self._nonzeros:
+            return
+        counts = [(latent.weight.detach() != 0).sum() for latent in self.latents.values()]
+        self._nonzeros = dict(zip(self.latents, torch.stack(counts).tolist(), strict=True))
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """Fraction of nonzero entries of each weight at the last :meth:`count`."""
+        return {name: count / max(1, self.latents[name].theta.numel()) for name, count in self._nonzeros.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros of all weights at the last :meth:`count`."""
+        total = sum(latent.theta.numel() for latent in self.latents.values())
+        return 1.0 - sum(self._nonzeros.values()) / total
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts only."""
+        return {
+            "format": FORMAT,
+            "frozen": self.frozen,
+            "steps": dict(self.steps),
+            "selected_last": self._selected_last,
+            "latents": {name: latent.pack(self.method.exact_on_kept) for name, latent in self.latents.items()},
+            "learner": self._learner.state_dict(),
+        }
+
+
+def _copy(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Copy the second of each pair into the first, all at once; pairs without a dense latent need nothing."""
+    real = [(to, source) for to, source in pairs if to is not None and source is not None]
+    if real:
+        torch._foreach_copy_([to for to, _ in real], [source for _, source in real])

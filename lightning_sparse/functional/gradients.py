@@ -1,0 +1,79 @@
+"""What reaches the latent weights of the gradient at the sparse ones: dL/dtheta = G(dL/dw)."""
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional.selection import topk_masks
+
+__all__ = ["anneal_gradient", "backward_set", "mask_gradient"]
+
+
+def mask_gradient(grad: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+    r"""Keep the gradient of the kept weights only.
+
+    .. math:: \partial L / \partial \theta = m \odot g
+
+    Args:
+        grad: Gradient at the sparse weights, any shape.
+        mask: Boolean keep set, same shape, True = kept.
+        out: Where to write the result; may be ``grad``.
+
+    Returns:
+        Tensor like ``grad``.
+
+    Example:
+        >>> mask_gradient(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
+        tensor([2., 0.])
+    """
+    return anneal_gradient(grad, mask, 0.0, out=out)
+
+
+def anneal_gradient(grad: Tensor, mask: Tensor, alpha: float, *, out: Tensor | None = None) -> Tensor:
+    r"""Scale the gradient of the pruned weights.
+
+    .. math:: \partial L / \partial \theta = (m + \alpha (1 - m)) \odot g
+
+    Args:
+        grad: Gradient at the sparse weights, any shape.
+        mask: Boolean keep set, same shape, True = kept.
+        alpha: Factor for pruned weights, in ``[0, 1]``; 1 is the straight-through gradient, 0 the masked one.
+        out: Where to write the result; may be ``grad``.
+
+    Returns:
+        Tensor like ``grad``.
+
+    References:
+        Kundu et al., "AutoSparse: Towards Automated Sparse Training of Deep Neural Networks", 2023,
+        https://arxiv.org/abs/2304.06941.
+
+    Example:
+        >>> anneal_gradient(torch.tensor([2.0, -1.0]), torch.tensor([True, False]), 0.25)
+        tensor([ 2.0000, -0.2500])
+    """
+    if alpha == 0.0:
+        # Not a product: a pruned weight must not hear of an infinite gradient.
+        return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device), out=out)
+    return torch.mul(grad, torch.where(mask, 1.0, alpha).to(grad.dtype), out=out)
+
+
+def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float) -> Tensor:
+    r"""Choose the weights that receive a gradient: the kept ones and the next largest.
+
+    Args:
+        theta: Dense latent weights, any shape.
+        mask: Boolean keep set, same shape, True = kept.
+        backward_sparsity: Fraction of weights without a gradient, in ``[0, 1)``, as far as they are pruned.
+
+    Returns:
+        Boolean tensor like ``mask``, True = receives a gradient.
+
+    References:
+        Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2021, https://arxiv.org/abs/2106.03517.
+
+    Example:
+        >>> theta = torch.tensor([4.0, -3.0, 2.0, 1.0])
+        >>> backward_set(theta, theta.abs() > 3.5, 0.5)
+        tensor([ True,  True, False, False])
+    """
+    size = theta.numel()
+    return topk_masks([theta], size - round(backward_sparsity * size))[0] | mask

@@ -1,0 +1,88 @@
+"""What the network sees of the latent weights: w = P(theta)."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["hard_threshold", "rescale_channels", "soft_threshold"]
+
+
+def hard_threshold(theta: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+    r"""Zero the pruned entries.
+
+    .. math:: w = m \odot \theta
+
+    Args:
+        theta: Dense latent weights, any shape.
+        mask: Boolean keep set, same shape, True = kept.
+        out: Where to write the result.
+
+    Returns:
+        Tensor like ``theta``.
+
+    Example:
+        >>> hard_threshold(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
+        tensor([2., 0.])
+    """
+    out = torch.empty_like(theta) if out is None else out
+    # Not a product: 0 * inf is NaN and 0 * -1 is -0.
+    return out.copy_(theta).masked_fill_(~mask, 0.0)
+
+
+def soft_threshold(theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
+    r"""Shrink every magnitude by the threshold, to zero at least.
+
+    .. math:: w = \operatorname{sign}(\theta) \max(|\theta| - \tau, 0)
+
+    Args:
+        theta: Dense latent weights, any shape.
+        threshold: Non-negative number or scalar tensor :math:`\tau`.
+        out: Where to write the result; must not share memory with ``theta``.
+
+    Returns:
+        Tensor like ``theta``. Entries with :math:`|\theta| \le \tau` are exactly zero.
+
+    Example:
+        >>> soft_threshold(torch.tensor([2.0, -1.0, 0.25]), 0.5)
+        tensor([ 1.5000, -0.5000,  0.0000])
+    """
+    threshold = torch.as_tensor(threshold, dtype=theta.dtype, device=theta.device)
+    # theta minus its clamp: two passes, and x - x = +0 for every pruned entry.
+    clamped = torch.clamp(theta, -threshold, threshold, out=out)
+    return torch.sub(theta, clamped, out=clamped)
+
+
+def rescale_channels(weight: Tensor, theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
+    r"""Give every output channel back the magnitude that its pruned weights took away.
+
+    .. math::
+        r_o = \frac{\operatorname{mean}_{i \in o}(|\theta_i|\, m_i) + 10^{-6}}
+                   {\operatorname{mean}_{i \in o}|\theta_i| + 10^{-6}},
+        \qquad w_o \leftarrow \frac{1.01}{r_o + 0.01}\, w_o,
+        \qquad m_i = [\,|\theta_i| > \tau\,]
+
+    The means run over all dimensions but the first, over the raw magnitudes of the latent weights.
+
+    Args:
+        weight: Thresholded weights, shape ``(out, *)``.
+        theta: Dense latent weights, same shape.
+        threshold: Number or scalar tensor :math:`\tau`.
+        out: Where to write the result; may be ``weight``.
+
+    Returns:
+        Tensor like ``weight``.
+
+    References:
+        Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you need for
+        Sparse Training?", WACV 2023, https://arxiv.org/abs/2212.01076; constants from the authors' code.
+
+    Example:
+        >>> theta = torch.tensor([[3.0, 1.0], [2.0, 2.0]])
+        >>> rescale_channels(soft_threshold(theta, 1.0), theta, 1.0)
+        tensor([[2.6579, 0.0000],
+                [1.0000, 1.0000]])
+    """
+    magnitude = theta.abs().flatten(1)
+    dense = magnitude.mean(1)
+    kept = magnitude.mul_(magnitude > threshold).mean(1)
+    scale = 1.01 / ((kept + 1e-6) / (dense + 1e-6) + 0.01)
+    return torch.mul(weight, scale.view(-1, *[1] * (weight.ndim - 1)), out=out)

@@ -1,0 +1,123 @@
+"""ST-3: soft thresholding, straight-through gradients, progressive global sparsity."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_sparse import functional
+from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.latent import Context, Latent
+
+__all__ = ["ST3", "ST3Sigma"]
+
+
+class ST3(SparseTraining):
+    r"""Soft thresholds in the forward pass, the unchanged gradient in the backward pass, one global quantile.
+
+    .. math::
+        w = c_o \operatorname{sign}(\theta) \max(|\theta| - \tau, 0), \qquad
+        \frac{\partial L}{\partial \theta} = \frac{\partial L}{\partial w}
+
+    :math:`\tau` is the quantile of :math:`|\theta|` over all targets at the sparsity wanted now, taken anew after every
+    step, and :math:`c_o` gives every output channel the magnitude back that its pruned weights took away
+    (:func:`~lightning_sparse.functional.rescale_channels`).
+
+    Args:
+        sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``.
+        start: When the ramp starts: int = epoch, float = fraction of training. Authors: epoch 5 of 160 (CIFAR) or of
+            100 (ImageNet).
+        end: When it reaches ``sparsity``. Authors: epoch 80 of 160 (CIFAR) or 50 of 100 (ImageNet).
+        schedule: Shape of the ramp; cubic in the paper.
+        rescale: Whether to rescale the output channels.
+        freeze: After which moment w is baked into the weights and only the kept ones train. The authors do so for ten
+            more epochs after the last; None for never.
+        update_every_n_steps: Optimizer steps between new thresholds; 1 in the paper.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log sparsity and threshold of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
+
+    Note:
+        Equal magnitudes at the threshold are pruned together, as in the authors' code. Weight decay acts on the
+        latents, pruned ones included; that is part of the method.
+
+    References:
+        Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you need for
+        Sparse Training?", WACV 2023, https://arxiv.org/abs/2212.01076; code https://github.com/vanderschuea/stthree.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[ST3(sparsity=0.9)], accelerator="cpu", logger=False, max_epochs=1)
+    """
+
+    paper = "Vanderschueren and De Vleeschouwer, WACV 2023, https://arxiv.org/abs/2212.01076"
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        start: int | float = 0.05,
+        end: int | float = 0.5,
+        schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
+        rescale: bool = True,
+        freeze: int | float | None = None,
+        update_every_n_steps: int = 1,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            start=start,
+            end=end,
+            schedule=schedule,
+            projection="soft",
+            gradient="straight_through",
+            freeze=freeze,
+            update_every_n_steps=update_every_n_steps,
+            targets=targets,
+            ignore=ignore,
+            overrides=overrides,
+            log_layers=log_layers,
+            verbose=verbose,
+        )
+        self.rescale = rescale
+
+    def project(self, latent: Latent, context: Context, out: Tensor) -> None:
+        """Soft-threshold, then rescale the output channels."""
+        super().project(latent, context, out)
+        if self.rescale and "threshold" in latent.state:
+            functional.rescale_channels(out, latent.theta, latent.state["threshold"], out=out)
+
+
+class ST3Sigma(ST3):
+    r"""ST-3 whose thresholds follow the scale of each layer's initialisation.
+
+    Magnitudes compete as :math:`|\theta| / \sigma_l`, with :math:`\sigma_l = 1 / \sqrt{\sum_d \text{shape}_d}` (the sum
+    of all dimensions of the weight, not their product). A layer's threshold is :math:`\tau \sigma_l`. Compared with
+    :class:`ST3`, more of the remaining weights lie in cheap layers.
+
+    Args:
+        sparsity: As in :class:`ST3`, like all other arguments.
+
+    References:
+        As :class:`ST3`; :math:`\sigma_l` from the authors' code.
+
+    Example:
+        >>> ST3Sigma(sparsity=0.9).final_sparsity
+        0.9
+    """
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Take the quantile of the normalised magnitudes."""
+        sigmas = [sum(latent.theta.shape) ** -0.5 for latent in latents]
+        scores = [latent.theta / sigma for latent, sigma in zip(latents, sigmas, strict=True)]
+        threshold = functional.magnitude_quantile(scores, sparsity or 0.0)
+        return [{"threshold": (threshold * sigma).to(score.dtype)} for score, sigma in zip(scores, sigmas, strict=True)]
