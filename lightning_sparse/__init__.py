@@ -7,11 +7,11 @@ from lightning_sparse.engine.checkpoint import SparseModelCheckpoint
 from lightning_sparse.strategies import GMP, ST3, STR, AutoSparse, ST3Sigma, TopKGradientAnnealing
 
 __all__ = [
+    "AutoSparse",
     "GMP",
     "ST3",
-    "STR",
-    "AutoSparse",
     "ST3Sigma",
+    "STR",
     "SparseModelCheckpoint",
     "SparseTraining",
     "TopKGradientAnnealing",

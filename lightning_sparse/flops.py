@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import TracebackType
@@ -169,8 +169,8 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopCount:
 class FlopRecorder:
     """Count the forward passes of a module that run inside a ``with`` block, however they are called.
 
-    Every outermost call of the module or of a submodule is counted by tracing it once more on its own inputs. Use this
-    where the inputs are known only while the program runs, as in a training step.
+    Every outermost call of the module or of a submodule is traced once more on its own inputs. Use this where the inputs
+    are known only while the program runs, as in a training step. Compiled code runs uncompiled inside the block.
 
     Args:
         module: The module that owns the weights.
@@ -187,11 +187,13 @@ class FlopRecorder:
         self.module = module
         self._macs: Counter[str] = Counter()
         self._uncounted: Counter[str] = Counter()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._exit = ExitStack()
         self._inside: nn.Module | None = None
         self._failed: set[nn.Module] = set()
 
     def __enter__(self) -> Self:
+        # Compiled code would be recompiled around the hooks.
+        self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         for name, submodule in self.module.named_modules():
             if isinstance(submodule, torch.jit.ScriptModule):
                 self._uncounted[f"TorchScript module `{name}`"] += 1  # it takes no hooks
@@ -199,14 +201,14 @@ class FlopRecorder:
             # First of all hooks: the trace runs the others itself, on the inputs as the caller gave them.
             before = submodule.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
             after = submodule.register_forward_hook(self._after, always_call=True)
-            self._handles += [before, after]
+            self._exit.callback(before.remove)
+            self._exit.callback(after.remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._exit.close()
         self._inside = None
 
     def trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -252,7 +254,7 @@ class FlopRecorder:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace a call unless it is part of one that has been traced, or the module is known to be untraceable."""
-        if self._inside is None and module not in self._failed:
+        if self._inside is None and module not in self._failed and not _is_redirected(module):
             self._inside = module  # the trace fires these hooks too
             self._inside = module if self.trace(module, args, kwargs) else None
 
@@ -260,6 +262,12 @@ class FlopRecorder:
         """Leave the outermost traced call."""
         if self._inside is module:
             self._inside = None
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether the call is not the module's own forward, as when DDP runs a whole training step through it."""
+    forward = vars(module).get("forward")
+    return forward is not None and not hasattr(forward, "_torchdynamo_orig_callable")
 
 
 class _Flat(nn.Module):
@@ -321,7 +329,7 @@ def _trace(flat: _Flat, names: list[str]) -> tuple[Counter[str], Counter[str]]:
         return handle
 
     analysis = FlopCountAnalysis(flat, flat.tensors).clear_op_handles()
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle(**{name: make_handle(count) for name, count in WORK.items()})
     return analysis.by_operator(), analysis.unsupported_ops()
 
@@ -330,7 +338,7 @@ def _trace(flat: _Flat, names: list[str]) -> tuple[Counter[str], Counter[str]]:
 def _untouched(module: nn.Module) -> Iterator[None]:
     """Run eagerly in evaluation mode, without gradients or warnings, and then put everything back."""
     modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    states = [(m, dict(vars(m)), dict(m._buffers), m.training) for m in modules]
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
     fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
@@ -339,17 +347,16 @@ def _untouched(module: nn.Module) -> Iterator[None]:
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it fuses a whole encoder layer into one operator
             torch.set_autocast_cache_enabled(False)  # a weight cast before the trace would look like a constant
-            for m, state, _, _ in states:
+            for m, state, _ in states:
                 m.training = False  # not `m.eval()`, which modules override to do more
                 _run_eagerly(m, state)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             torch.set_autocast_cache_enabled(cache)
-            for m, state, own_buffers, training in states:
+            for m, state, own_buffers in states:
                 _restore_dict(vars(m), state)
                 _restore_dict(m._buffers, own_buffers)
-                m.training = training
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):
                     buffer.copy_(saved)

@@ -190,6 +190,9 @@ X = torch.randn(2, 3, 4)
         (lambda m, x: F.linear(x.double(), m.weights[0].double()), (5, 4), 6 * 20),
         (lambda m, x: torch.einsum("...i,oi->...o", x, m.weights[0]), (5, 4), 6 * 20),
         (lambda m, x: torch.einsum("bti,io", x, m.weights[0]), (4, 5), 6 * 20),
+        (lambda m, x: torch.einsum("...i,io", x, m.weights[0]), (4, 5), 6 * 20),
+        (lambda m, x: torch.einsum("...ti,oi->to", x, m.weights[0]), (5, 4), 3 * 20),  # sums over the batch first
+        (lambda m, x: torch.einsum("bti,io->bto", x[..., :1], m.weights[0]), (4, 5), 6 * 5),  # a 1 is broadcast
         (lambda m, x: torch.einsum("bti, tio -> bo", x, m.weights[0]), (3, 4, 5), 6 * 20),
     ],
 )
@@ -204,6 +207,7 @@ def test_product_belongs_to_the_weight_behind_its_views(function, shape, macs):
     [
         (lambda m, x: x @ x.mT, 2 * 3 * 3 * 4),
         (lambda m, x: torch.einsum("...ij,...kj->...ik", x, x), 2 * 3 * 3 * 4),
+        (lambda m, x: torch.einsum("...ij,...jk", x, x.mT), 2 * 3 * 3 * 4),
         (lambda m, x: torch.einsum("bij,bkj->ik", x, x), 2 * 3 * 3 * 4),
         (lambda m, x: torch.einsum("bij,ckl->bi", x, x), 2 * 3),  # sums over j, c, k, l come before the product
         (lambda m, x: torch.einsum("bij->b", x), 0),
@@ -408,12 +412,14 @@ class Nested(nn.Module):
     class Output:
         def __init__(self, tensor):
             self.hidden = [{"tensor": tensor}]
+            self.myself = self
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 3)
 
     def forward(self, batch, times, *, name=None):
+        assert not torch.is_grad_enabled()
         if name != "x":
             return None
         return self.Output(sum(self.layer(batch[name][i]) for i in range(times)))
@@ -422,6 +428,7 @@ class Nested(nn.Module):
 def test_containers_constants_and_unknown_outputs():
     count = count_flops(Nested(), {"x": [torch.randn(2, 4)] * 3}, 3, name="x")
     assert count.by_layer == {"layer.weight": 3 * 2 * 12}
+    assert count.uncounted == {"aten::add": 3}  # nothing about tracing
 
 
 def test_attention_recognises_one_tensor_given_three_times():
@@ -627,6 +634,26 @@ def test_recorder_counts_a_training_step_and_does_not_change_it():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+def test_recorder_sees_the_inputs_before_other_hooks_do():
+    layer = nn.Linear(8, 3)
+    layer.register_forward_pre_hook(lambda module, inputs: torch.cat([*inputs, *inputs], -1))
+    with FlopRecorder(layer) as recorder:
+        layer(X)
+    assert recorder.count().by_layer == {"weight": 6 * 24}
+
+
+def test_recorder_sees_the_calls_of_a_compiled_function_and_does_not_break_it():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    compiled = torch.compile(lambda x: net(x), backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    with FlopRecorder(net) as recorder:
+        compiled(X)
+    assert recorder.count().by_layer == {"0.weight": 6 * 12, "1.weight": 6 * 6}
+    assert not torch._dynamo.utils.counters
+    compiled(X)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_recorder_adds_up_calls():
     layer = nn.Linear(4, 3)
     with FlopRecorder(layer) as recorder:
@@ -634,6 +661,14 @@ def test_recorder_adds_up_calls():
         layer(X[:1])
     layer(X)
     assert recorder.count().by_layer == {"weight": (6 + 3) * 12}
+
+
+def test_recorder_may_be_left_twice_and_copied():
+    recorder = FlopRecorder(nn.Linear(4, 3))
+    with recorder:
+        recorder.module(X)
+    recorder.__exit__(None, None, None)
+    assert pickle.loads(pickle.dumps(recorder)).count() == recorder.count()
 
 
 def test_recorder_goes_on_after_a_failed_call():

@@ -11,7 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sparse.flops import FlopCount, FlopRecorder
 
-__all__ = ["Account"]
+__all__ = ["Account", "batch_size"]
+
+# What a checkpoint keeps of a count.
+_COUNTED = ("by_layer", "rest", "uncounted", "aliases")
 
 
 class Account:
@@ -52,13 +55,12 @@ class Account:
         """Count what the batch called; whether that is news."""
         if self._recorder is None or self.flops is not None:
             return False
-        self._recorder.__exit__(None, None, None)
-        self.samples = batch_size(batch)
-        self.flops = self._recorder.count()
+        self.samples, self.flops = batch_size(batch), self._recorder.count()
+        self.abandon()
         if not self.flops.dense:
             rank_zero_warn(
-                "No FLOPs were counted: the calls inside compiled code cannot be seen."
-                " Set `example_input_array` in the LightningModule to have them counted."
+                "No FLOPs were counted: the first training batch called no module of the LightningModule."
+                " Set `example_input_array` to have them counted."
             )
         return True
 
@@ -91,13 +93,18 @@ class Account:
             "flops/training_ratio": self._spent / self._spent_dense if self._spent_dense else 1.0,
         }
 
-    def state_dict(self) -> dict[str, float]:
-        """What a resumed run cannot count again."""
-        return {"spent": self._spent, "spent_dense": self._spent_dense, "rate": self._rate}
+    def state_dict(self) -> dict[str, Any]:
+        """The count, which a resumed run does not repeat, and what has been spent."""
+        state: dict[str, Any] = {"spent": self._spent, "spent_dense": self._spent_dense, "samples": self.samples}
+        if self.flops is not None:
+            state |= {key: getattr(self.flops, key) for key in _COUNTED}
+        return state
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what has been spent."""
-        self._spent, self._spent_dense, self._rate = state["spent"], state["spent_dense"], state["rate"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state."""
+        self._spent, self._spent_dense, self.samples = state["spent"], state["spent_dense"], state["samples"]
+        if all(key in state for key in _COUNTED):
+            self.flops = FlopCount(**{key: state[key] for key in _COUNTED})
 
 
 def batch_size(batch: Any) -> int:

@@ -104,8 +104,7 @@ class ST3Sigma(ST3):
     of all dimensions of the weight, not their product). A layer's threshold is :math:`\tau \sigma_l`. Compared with
     :class:`ST3`, more of the remaining weights lie in cheap layers.
 
-    Args:
-        sparsity: As in :class:`ST3`, like all other arguments.
+    Takes the arguments of :class:`ST3`.
 
     References:
         As :class:`ST3`; :math:`\sigma_l` from the authors' code.
