@@ -85,10 +85,10 @@ class FlopCount:
             densities: Parameter name to density :math:`a_l` in ``[0, 1]``; weights without an entry are dense.
 
         Returns:
-            The count, summed exactly and rounded once.
+            The count; exact, but for one rounding, if the densities are fractions.
         """
         a = self._resolve(densities)
-        return float(sum(a.get(name, Fraction(1)) * macs for name, macs in self.by_layer.items()) + self.rest)
+        return float(sum(a.get(name, 1) * macs for name, macs in self.by_layer.items()) + self.rest)
 
     def training(
         self,
@@ -105,20 +105,19 @@ class FlopCount:
                 weights without an entry need all of it.
 
         Returns:
-            The count, summed exactly and rounded once.
+            The count; exact, but for one rounding, if the densities are fractions.
 
         Example:
             >>> FlopCount(by_layer={"a": 100}, rest=10).training({"a": 0.5}, {})
             230.0
         """
         a, b = self._resolve(densities), self._resolve(gradient_densities)
-        one = Fraction(1)
-        weights = sum((2 * a.get(name, one) + b.get(name, one)) * macs for name, macs in self.by_layer.items())
+        weights = sum((2 * a.get(name, 1) + b.get(name, 1)) * macs for name, macs in self.by_layer.items())
         return float(weights + 3 * self.rest)
 
-    def _resolve(self, densities: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
-        """Turn numbers into fractions and further names of tied weights into the counted one."""
-        return {self.aliases.get(name, name): Fraction(density) for name, density in densities.items()}
+    def _resolve(self, densities: Mapping[str, float | Fraction]) -> dict[str, float | Fraction]:
+        """Turn further names of tied weights into the counted one."""
+        return {self.aliases.get(name, name): density for name, density in densities.items()}
 
     def __str__(self) -> str:
         """Show one line per weight, the totals and what was not counted."""
@@ -169,7 +168,7 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopCount:
 class FlopRecorder:
     """Count the forward passes of a module that run inside a ``with`` block, however they are called.
 
-    Every outermost call of the module or of a submodule is traced once more on its own inputs. Use this where the inputs
+    Every outermost call of the module or a submodule is traced once more on its own inputs. Use this where the inputs
     are known only while the program runs, as in a training step. Compiled code runs uncompiled inside the block.
 
     Args:
