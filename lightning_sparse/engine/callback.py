@@ -137,8 +137,9 @@ class SparseTraining(TrainingHooks):
             Per weight a ``"mask"`` (bool, True = kept) or a ``"threshold"`` (scalar).
         """
         thetas = [latent.theta for latent in latents]
+        near = latents[0].state.get("threshold")
         if self.projection == "soft":
-            threshold = functional.magnitude_quantile(thetas, sparsity or 0.0)
+            threshold = functional.magnitude_quantile(thetas, sparsity or 0.0, near=near)
             return [{"threshold": threshold.to(theta.dtype)} for theta in thetas]
         total = sum(theta.numel() for theta in thetas)
         masks = functional.topk_masks(thetas, total - round((sparsity or 0.0) * total))

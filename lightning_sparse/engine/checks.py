@@ -1,10 +1,21 @@
 """Checks of arguments, with one wording for all of them."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["check_choice", "check_fraction", "check_moment", "check_overrides", "check_positive", "check_window"]
+__all__ = [
+    "check_choice",
+    "check_fraction",
+    "check_moment",
+    "check_number",
+    "check_overrides",
+    "check_patterns",
+    "check_positive",
+    "check_window",
+]
 
 
 def check_fraction(name: str, value: Any, *, one: bool = False) -> None:
@@ -24,6 +35,15 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"Expected argument `{name}` to be a positive int, but got {value!r}.")
 
 
+def check_number(name: str, value: Any, *, negative: bool = True) -> None:
+    """Refuse anything but a finite number, or, unless ``negative``, one from 0 on."""
+    kind = "a finite number" if negative else "a finite number >= 0"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected argument `{name}` to be {kind}, but got {value!r}.")
+    if not math.isfinite(value) or (value < 0 and not negative):
+        raise ValueError(f"Expected argument `{name}` to be {kind}, but got {value!r}.")
+
+
 def check_moment(name: str, value: Any) -> None:
     """Refuse anything but an epoch (int) or a fraction of training (float)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -31,7 +51,7 @@ def check_moment(name: str, value: Any) -> None:
             f"Expected argument `{name}` to be an int (epoch) or a float in [0, 1] (fraction of training),"
             f" but got {value!r}."
         )
-    if value < 0 or (isinstance(value, float) and value > 1):
+    if not value >= 0 or (isinstance(value, float) and value > 1):  # NaN is not >= 0
         raise ValueError(
             f"Expected argument `{name}` to be an int >= 0 (epoch) or a float in [0, 1] (fraction of training),"
             f" but got {value!r}."
@@ -59,16 +79,34 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"Expected argument `{name}` to be one of {choices}, but got {value!r}.{hint}")
 
 
+def check_patterns(name: str, patterns: Any) -> None:
+    """Refuse anything but None or a list of patterns, above all a single string, which is a list of letters."""
+    if patterns is None:
+        return
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        hint = f" Write [{patterns!r}]." if isinstance(patterns, str) else ""
+        raise TypeError(f"Expected argument `{name}` to be a list of patterns (str), but got {patterns!r}.{hint}")
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(
+                    f"Expected {pattern!r} in `{name}` to hold a regular expression after `re:`, but got {error}."
+                ) from error
+
+
 def check_overrides(overrides: Any, *, budget: bool) -> None:
     """Refuse anything but ``{pattern: None}`` and, for methods with a budget, ``{pattern: {"sparsity": fraction}}``."""
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"Expected argument `overrides` to be a dict of patterns, but got {overrides!r}.")
+    check_patterns("overrides", list(overrides or ()))
     for pattern, settings in (overrides or {}).items():
         if settings is None:
             continue
         if not budget or not isinstance(settings, Mapping) or set(settings) != {"sparsity"}:
             allowed = (
-                "None (stay dense) or {'sparsity': ...}"
+                "None (stay dense) or {'sparsity': ...},"
                 if budget
                 else "None (stay dense), as the method has no budget,"
             )

@@ -16,13 +16,13 @@ __all__ = ["Clock"]
 class Clock:
     """Converts moments of training to epochs.
 
-    A data loader of unknown length has no fraction of an epoch; the whole training then counts as one epoch of
-    ``max_steps`` steps, and only fractions of training can be told.
+    With a data loader of unknown length the clock strikes whole epochs only; if ``max_steps`` ends the training, that
+    counts as one epoch, and only fractions of training can be told.
 
     Attributes:
         epochs: Length of the whole training in epochs, infinite when open-ended.
-        batches: Batches per epoch.
-        sized: Whether the number of batches per epoch is known.
+        batches: Batches per epoch, infinite when unknown.
+        sized: Whether epochs can be told.
     """
 
     epochs: float
@@ -32,14 +32,15 @@ class Clock:
     @classmethod
     def of(cls, trainer: "pl.Trainer", max_epochs: int | None) -> "Clock":
         """Read the clock's face from the Trainer's flags."""
-        accumulated = trainer.accumulate_grad_batches * trainer.max_steps / max(1, len(trainer.optimizers))
-        batches = float(trainer.num_training_batches)
-        if math.isinf(batches) and trainer.max_steps > 0:
-            return cls(1.0, accumulated, sized=False)
+        batches, accumulated = float(trainer.num_training_batches), trainer.accumulate_grad_batches
+        steps = trainer.max_steps / max(1, len(trainer.optimizers))  # negative for no limit
+        if math.isinf(batches) and steps > 0:
+            return cls(1.0, steps * accumulated, sized=False)
         epochs = math.inf if max_epochs in (None, -1) else float(max_epochs or 0)
-        if trainer.max_steps > 0 and batches:
-            epochs = min(epochs, accumulated / batches)
-        return cls(epochs, batches, sized=not math.isinf(batches))
+        if steps > 0 and batches:
+            whole, rest = divmod(steps, math.ceil(batches / accumulated))
+            epochs = min(epochs, whole + rest * accumulated / batches)
+        return cls(epochs, batches)
 
     def position(self, epoch: int, batch: int, total_batch: int) -> float:
         """Epochs so far.

@@ -1,7 +1,9 @@
 """When each thing happens: the only code that knows Lightning's training hooks."""
 
 import weakref
-from typing import Any
+from collections import Counter
+from copy import deepcopy
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -46,11 +48,14 @@ class TrainingHooks(pl.Callback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._clock = Clock(1.0, 1.0)
         self._max_epochs: int | None = None
-        self._epoch, self._position = 0, 0.0
+        self._epoch, self._position = 0.0, 0.0
         self._attached = False
+        self._first = _First(self)
         self._vanished: set[str] = set()
         self._restored: dict[str, Any] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[Optimizer, tuple[RemovableHandle, ...]] = {}
+        # How deep in `step` each optimizer is: hooks fire twice in a subclass that calls `super().step()`.
+        self._depth: Counter[int] = Counter()
 
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged each epoch."""
@@ -87,15 +92,17 @@ class TrainingHooks(pl.Callback):
             )
         # Behind the others and before the checkpoints, so that whatever they put into the model or into a checkpoint
         # (averaged weights, for one) is made sparse, in whichever order the user lists them.
-        others = [callback for callback in _callbacks(trainer) if callback is not self]
+        others = [callback for callback in _callbacks(trainer) if callback not in (self, self._first)]
         last = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
-        trainer.callbacks = [*others[:last], self, *others[last:]]  # type: ignore[attr-defined]
+        trainer.callbacks = [self._first, *others[:last], self, *others[last:]]  # type: ignore[attr-defined]
         self._max_epochs, self._attached = trainer.max_epochs, False
+        self._restored = None  # what a test has loaded; what this fit resumes from is loaded later
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins and optimizers exist. Checks optimizers and targets."""
-        trainer.fit_loop.setup_data()  # the sanity check comes before the length of an epoch is known
+        if trainer.ckpt_path is None:  # else the loops have yet to be restored, and there is no sanity check
+            trainer.fit_loop.setup_data()  # the sanity check comes before the length of an epoch is known
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS):
                 raise MisconfigurationException(
@@ -136,6 +143,7 @@ class TrainingHooks(pl.Callback):
         if self._attached and self._restored is None:
             return
         self._module = weakref.ref(pl_module)
+        trainer.fit_loop.setup_data()  # needed only if a checkpoint held no loops
         self._clock = Clock.of(trainer, self._max_epochs)
         start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
         if end < start or (self.freeze is not None and self._clock.at(self.freeze, "freeze") < end):
@@ -146,26 +154,31 @@ class TrainingHooks(pl.Callback):
         self._tick(trainer, 0)
         verdicts = self._verdicts(pl_module)
         self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
-        if self._restored is None and trainer.ckpt_path is not None:
-            rank_zero_warn(
-                f"The checkpoint holds no state of `{self.state_key}`:"
-                " its latents start from the weights in the checkpoint."
-            )
         restored, self._restored = self._restored, None
         self._weights.take((v for v in verdicts if v.treated), self._context(), restored)
         if restored is not None:
             self._account.load_state_dict(restored["account"])
         self._account.count_example(trainer, pl_module)
-        self._take_stock()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [
-            optimizer.register_step_post_hook(lambda optimizer, *_: self._after_step(trainer, optimizer))
-            for optimizer in trainer.optimizers
-        ]
+        self._weights.count()
+        self._watch(trainer)
         if self.verbose and not self._attached and trainer.is_global_zero:
             show_targets(type(self).__name__, self._rows)
         self._attached = True
+
+    def _watch(self, trainer: pl.Trainer) -> None:
+        """Be told of every step of every optimizer, whoever steps it."""
+        self._unwatch()
+        for optimizer in trainer.optimizers:
+            self._handles[optimizer] = (
+                optimizer.register_step_pre_hook(lambda optimizer, *_: self._depth.update([id(optimizer)])),
+                optimizer.register_step_post_hook(lambda optimizer, *_: self._after_step(trainer, optimizer)),
+            )
+
+    def _unwatch(self) -> None:
+        for handle in sum(self._handles.values(), ()):
+            handle.remove()
+        self._handles.clear()
+        self._depth.clear()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -178,6 +191,8 @@ class TrainingHooks(pl.Callback):
     ) -> None:
         """Called when a training batch begins. Sets the clock to the end of this batch."""
         self._attach(trainer, pl_module)  # a learning rate finder may have restored a checkpoint meanwhile
+        if self._handles.keys() != set(trainer.optimizers):
+            self._watch(trainer)
         self._tick(trainer, batch_idx + 1)
         self._account.open(pl_module)
 
@@ -190,6 +205,9 @@ class TrainingHooks(pl.Callback):
         self._weights.expose(optimizer, self._context())
 
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        self._depth[id(optimizer)] -= 1
+        if self._depth[id(optimizer)] > 0:
+            return
         stepped = self._weights.stepped(optimizer, trainer.optimizers.index(optimizer), self._context)
         # A learning rate finder takes the callbacks away while it trains.
         if not stepped and self in _callbacks(trainer):
@@ -198,22 +216,20 @@ class TrainingHooks(pl.Callback):
                 " it the latents. In manual optimization step the optimizers that `self.optimizers()` returns."
             )
 
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Called when a training batch ends. Settles what no optimizer step has, and keeps the accounts."""
+    def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Settle what no optimizer step has, and keep the accounts, before other callbacks look at the model."""
+        self._account.close(batch)
+        self._price()
+        self._account.spend(batch_size(batch) * trainer.world_size)
         self._weights.settle(self._context())
+        self._depth.clear()
         if (
             self.freeze is not None
             and not self._weights.frozen
             and self._position > self._clock.at(self.freeze, "freeze")
         ):
             self._weights.freeze(self._context())
-        if self._account.close(batch):
-            self._price()
-        self._account.spend(batch_size(batch) * trainer.world_size)
-        self._take_stock()
+        self._weights.count()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not trainer.barebones and batch_idx % every == 0:
             pl_module.log("sparsity", self._weights.sparsity, prog_bar=True, logger=False, batch_size=1)
@@ -261,30 +277,29 @@ class TrainingHooks(pl.Callback):
             found = {key: float(value) for key, value in trainer.callback_metrics.items() if key in monitors}
             show_report(self.report(), found)
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when training is interrupted. Leaves sparse weights and no hooks; checkpoints are saved after this."""
+    def interrupt(self, trainer: pl.Trainer) -> None:
+        """Leave sparse weights and no hooks, before other callbacks look at the model or save it."""
         if self._attached:
-            self._weights.settle(self._context())
-        self._detach()
+            self._weights.settle(self._context(), everything=True)
+        self._detach(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when fit, validate, test or predict ends. Removes every hook."""
-        self._detach()
+        self._detach(trainer)
 
-    def _detach(self) -> None:
+    def _detach(self, trainer: pl.Trainer) -> None:
         self._account.abandon()
-        while self._handles:
-            self._handles.pop().remove()
+        self._unwatch()
+        trainer.callbacks = [callback for callback in _callbacks(trainer) if callback is not self._first]  # type: ignore[attr-defined]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Called when saving a checkpoint. Returns the latents and all that resuming needs."""
         if self._restored is not None:  # not taken yet
             return self._restored
-        if not self._weights.latents:
-            return {}
+        if not self._attached:  # a learning rate finder saves before training
+            return {"format": FORMAT}
         return {**self._weights.state_dict(), "account": self._account.state_dict()}
 
     @override
@@ -295,7 +310,18 @@ class TrainingHooks(pl.Callback):
                 f"Expected the state of `{self.state_key}` to have format {FORMAT},"
                 f" but got {state_dict.get('format')!r}. Resume with the version that wrote the checkpoint."
             )
-        self._restored = state_dict
+        self._restored = state_dict if "latents" in state_dict else None
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when loading a checkpoint. Says so if it was written without this callback."""
+        if trainer.state.fn == TrainerFn.FITTING and self.state_key not in checkpoint["callbacks"]:
+            rank_zero_warn(
+                f"The checkpoint holds no state of `{self.state_key}`:"
+                " its latents start from the weights in the checkpoint."
+            )
 
     @override
     def on_save_checkpoint(
@@ -311,8 +337,9 @@ class TrainingHooks(pl.Callback):
 
     def _tick(self, trainer: pl.Trainer, batches: int) -> None:
         """Read the clock, with so many batches of the current epoch done."""
-        self._epoch = trainer.current_epoch
-        self._position = self._clock.position(self._epoch, batches, trainer.fit_loop.total_batch_idx + 1)
+        epoch = trainer.current_epoch
+        self._position = self._clock.position(epoch, batches, trainer.fit_loop.total_batch_idx + 1)
+        self._epoch = epoch if self._clock.sized else self._position
 
     def _publish(self, trainer: pl.Trainer, *, log: bool) -> None:
         metrics = self.metrics()
@@ -321,12 +348,8 @@ class TrainingHooks(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=trainer.global_step)
 
-    def _take_stock(self) -> None:
-        """Count the zeros, and let the next batch cost accordingly."""
-        self._weights.count()
-        self._price()
-
     def _price(self) -> None:
+        """Let this batch cost what the weights that it has used cost."""
         densities, context = self._weights.densities, self._context()
         needed = {
             name: a if self._weights.frozen else self._weights.method.gradient_density(a, context)
@@ -338,7 +361,33 @@ class TrainingHooks(pl.Callback):
         return None if self._module is None else self._module()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": None, "_handles": []}
+        return {**vars(self), "_module": None, "_handles": {}}
+
+    def __copy__(self) -> Self:
+        return deepcopy(self)  # the parts of a callback refer to it
+
+
+class _First(pl.Callback):
+    """Stands before all other callbacks, so that none of them ever finds latents in the model.
+
+    Args:
+        hooks: What stands behind them.
+    """
+
+    def __init__(self, hooks: TrainingHooks) -> None:
+        self.hooks = hooks
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends."""
+        self.hooks.end_batch(trainer, pl_module, batch, batch_idx)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when training is interrupted."""
+        self.hooks.interrupt(trainer)
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -76,8 +76,9 @@ class Latent:
     def unpack(self, packed: Mapping[str, Any]) -> None:
         """Restore the record from :meth:`pack`; ``weight`` must hold what the checkpoint held."""
         for key, tensor in packed["state"].items():
-            learned = key in self.learned
-            self.state[key] = tensor.to(self.weight.device, copy=True).requires_grad_(learned)
+            declared = self.state.get(key, tensor)
+            restored = tensor.to(self.weight.device, declared.dtype, copy=True)
+            self.state[key] = restored.requires_grad_(declared.requires_grad)
         for key, bits in packed["bits"].items():
             self.state[key] = _unpack_bits(bits, self.weight)
         if "theta" in packed:
@@ -95,13 +96,13 @@ class Context:
 
     Attributes:
         step: Steps so far of the optimizer at hand.
-        epoch: Index of the current epoch.
+        epoch: Index of the current epoch; where the length of an epoch is unknown, the position in the training.
         epochs: Length of the whole training in epochs, infinite when open-ended.
         progress: Progress over the window from ``start`` to ``end``, in ``[0, 1]``.
     """
 
     step: int
-    epoch: int
+    epoch: float
     epochs: float
     progress: float
 

@@ -48,6 +48,11 @@ class Learner:
         self._sgd.step()
         self._sgd.zero_grad()
 
+    def forget(self) -> None:
+        """Drop the gradients of a step that did not take place."""
+        if self._sgd is not None:
+            self._sgd.zero_grad()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Momentum buffers by name."""
         if self._sgd is None:

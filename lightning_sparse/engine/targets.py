@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_sparse.engine.checks import check_patterns
+
 __all__ = ["Overrides", "Target", "find_targets"]
 
 # Per pattern: settings of the weights that match it, or None to leave them dense.
@@ -24,6 +26,8 @@ _LAYERS = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
+# How these layers name their weights; not what `weight_norm` and the like make of them, such as `weight_g`.
+_WEIGHT = re.compile(r"(\w+_)?weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Target:
         path: Name by which ``module.get_parameter`` finds it.
         parameter: The parameter itself.
         treated: Whether it is made sparse.
-        reason: Kind of layer if treated, else why not.
+        reason: Kind of layer if treated, else why not, with the names of tied parameters.
         sparsity: Its own budget from ``overrides``, in ``[0, 1)``, or None.
     """
 
@@ -71,19 +75,30 @@ def find_targets(
         One verdict per parameter, in the order of ``module.named_parameters()``.
 
     Raises:
-        ValueError: If a pattern matches no parameter; the message lists near matches.
+        TypeError: If patterns are not given as a list of strings.
+        ValueError: If a pattern matches no parameter; the message lists near matches. Also if an entry of ``overrides``
+            sets the sparsity of weights that stay dense.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
         >>> [(t.name, t.reason) for t in find_targets(net, ignore=["2"]) if t.parameter.ndim > 1]
         [('0.weight', 'Linear'), ('2.weight', 'in `ignore`')]
     """
+    check_patterns("targets", targets)
+    check_patterns("ignore", ignore)
+    overrides = overrides or {}
     candidates = list(_candidates(module))
     for argument, patterns in (("targets", targets), ("ignore", ignore), ("overrides", overrides)):
         for pattern in patterns or ():
             if not any(candidate.match(pattern) for candidate in candidates):
                 raise ValueError(_no_match(argument, pattern, candidates))
-    return [candidate.verdict(targets, ignore or (), overrides or {}) for candidate in candidates]
+    verdicts = [candidate.verdict(targets, ignore or (), overrides) for candidate in candidates]
+    for pattern in (pattern for pattern, settings in overrides.items() if settings is not None):
+        matching = [v for v, candidate in zip(verdicts, candidates, strict=True) if candidate.match(pattern)]
+        if not any(verdict.treated for verdict in matching):
+            found = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in matching[:4])
+            raise ValueError(f"Expected `overrides[{pattern!r}]` to match a weight made sparse, but got {found}.")
+    return verdicts
 
 
 @dataclass
@@ -114,34 +129,40 @@ class _Candidate:
         refusal = self._refusal(targets, ignore)
         if refusal is None and override is None:
             refusal = f"dense by `overrides[{best!r}]`"
+        sparsity = (override or {}).get("sparsity")
+        own = "" if sparsity is None else f", own sparsity {sparsity:g}"
         return Target(
             self.names[0],
             self.paths[0],
             self.parameter,
             treated=refusal is None,
-            reason=refusal or type(self.ancestors[0][-1][1]).__name__,
-            sparsity=(override or {}).get("sparsity"),
+            reason=refusal or type(self.ancestors[0][-1][1]).__name__ + self._ties() + own,
+            sparsity=sparsity,
         )
 
     def _refusal(self, targets: Sequence[str] | None, ignore: Sequence[str]) -> str | None:
+        if isinstance(self.parameter, UninitializedParameter):
+            return "not initialised"
         rank = max((self.match(pattern) for pattern in targets or ()), default=0)
         if targets is not None and not rank:
             return "not in `targets`"
-        if isinstance(self.parameter, UninitializedParameter):
-            return "not initialised"
         if self.parameter.ndim < 2 and rank < 3:
             return "fewer than 2 dimensions"
         if targets is None:
             for chain, name in zip(self.ancestors, self.names, strict=True):
                 layer, leaf = chain[-1][1], name.rpartition(".")[2]
-                if not (isinstance(layer, _LAYERS) or type(layer).__name__ == "Conv1D") or "weight" not in leaf:
-                    tied = f" (tied to {name})" if name != self.names[0] else ""
-                    return f"{type(layer).__name__} stays dense by default{tied}"
+                if not isinstance(layer, _LAYERS) and type(layer).__name__ != "Conv1D":
+                    return f"{type(layer).__name__} stays dense by default{self._ties()}"
+                if not _WEIGHT.fullmatch(leaf):
+                    return f"{leaf} stays dense by default{self._ties()}"
         if any(self.match(pattern) for pattern in ignore):
             return "in `ignore`"
         if not self.parameter.is_floating_point():
             return "not floating point"
         return None if self.parameter.requires_grad else "frozen"
+
+    def _ties(self) -> str:
+        return f" (tied to {', '.join(self.names[1:])})" if len(self.names) > 1 else ""
 
 
 def _candidates(module: nn.Module) -> Iterator[_Candidate]:
@@ -166,7 +187,7 @@ def _no_match(argument: str, pattern: str, candidates: list[_Candidate]) -> str:
     around = [ancestor for candidate in candidates for chain in candidate.ancestors for ancestor in chain]
     known = {name for candidate in candidates for name in candidate.names}
     known |= {path for path, _ in around if path} | {type(layer).__name__ for _, layer in around}
-    close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(pattern.removeprefix("re:"), sorted(known), n=3, cutoff=0.5)
     hint = (
         f"Did you mean {' or '.join(map(repr, close))}?"
         if close

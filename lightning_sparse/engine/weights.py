@@ -91,12 +91,13 @@ class LatentWeights:
             if restored is not None and latent.name in restored["latents"]:
                 latent.unpack(restored["latents"][latent.name])
             elif latent.name in previous and self._left_by(previous[latent.name], weight, context):
-                latent.dense, latent.state = previous[latent.name].dense, previous[latent.name].state
+                latent.unpack(previous[latent.name].pack(exact_on_kept=False))  # perhaps to another device or type
             else:
                 fresh.append(latent)
         self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay)
         self.steps = {}
-        self._selected_last = False
+        self._selected_last = self._stale = False
+        self._nonzeros.clear()
         if restored is not None:
             self._learner.load_state_dict(restored["learner"])
             self.steps = dict(restored["steps"])
@@ -113,30 +114,31 @@ class LatentWeights:
 
     def _left_by(self, latent: Latent, weight: Tensor, context: Context) -> bool:
         """Whether the model still holds what the latent projects to."""
-        if latent.theta.shape != weight.shape or latent.theta.device != weight.device or latent.dense is None:
+        if latent.dense is None or latent.dense.shape != weight.shape:
             return False
         expected = torch.empty_like(latent.dense)
         self.method.project(latent, context, expected)
-        return torch.allclose(expected, weight)
+        return torch.equal(expected.to(weight), weight)
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def expose(self, optimizer: Optimizer, context: Context) -> None:
         """Map gradients to the latents and put the latents into the parameters, just before the optimizer steps."""
-        if id(optimizer) in self._exposed:
-            return
         by_parameter = {id(latent.weight): latent for latent in self.latents.values()}
         groups = [(by_parameter.get(id(p)), group) for group in optimizer.param_groups for p in group["params"]]
         hosted = [(latent, group) for latent, group in groups if latent is not None]
+        if all(latent.weight.grad is None for latent, _ in hosted):
+            hosted = []  # the optimizer will do nothing, so the model may hold something else, such as averaged weights
         for latent, _ in hosted:
             grad = latent.weight.grad
             if grad is not None:
                 latent_grad = self._pull_back(latent, grad, context)
                 if latent_grad is not grad:
                     grad.copy_(latent_grad)
-        self._exposed[id(optimizer)] = hosted
+        # In this order, so that an interrupt at any moment loses nothing.
         _copy((latent.weight, latent.dense) for latent, _ in hosted)
+        self._exposed[id(optimizer)] = hosted
 
     @torch.no_grad()
     def stepped(self, optimizer: Optimizer, index: int, context: Callable[[int], Context]) -> bool:
@@ -145,26 +147,34 @@ class LatentWeights:
         Returns:
             Whether the optimizer held latents; if not, something stepped it past the callback.
         """
-        hosted = self._exposed.pop(id(optimizer), None)
-        if hosted is None:
+        if id(optimizer) not in self._exposed:
             return False
+        hosted = self._exposed[id(optimizer)]
         _copy((latent.dense, latent.weight) for latent, _ in hosted)
+        del self._exposed[id(optimizer)]
+        if not hosted:
+            return True
         self._learner.step(hosted, optimizer)
         self.steps[index] = self.steps.get(index, 0) + 1
         self._update([latent for latent, _ in hosted], context(self.steps[index]))
         return True
 
     @torch.no_grad()
-    def settle(self, context: Context) -> None:
-        """Leave every weight sparse: after a skipped step, an exception, or the last of several optimizers."""
+    def settle(self, context: Context, *, everything: bool = False) -> None:
+        """Leave every weight sparse: after a skipped step or the last of several optimizers.
+
+        Args:
+            context: Where training stands.
+            everything: Whether anything may have been interrupted anywhere.
+        """
         interrupted = [latent for hosted in self._exposed.values() for latent, _ in hosted]
-        self._exposed.clear()
         _copy((latent.dense, latent.weight) for latent in interrupted)
+        self._exposed.clear()
+        if interrupted:
+            self._learner.forget()
         if self._stale:
             self._select(self.latents.values(), context)
-            self._project(self.latents.values(), context)
-        elif interrupted:
-            self._project(interrupted, context)
+        self._project(self.latents.values() if everything or self._stale else interrupted, context)
         self._stale = False
 
     @property
@@ -200,7 +210,7 @@ class LatentWeights:
 
     def _pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         if self.frozen:
-            return grad.masked_fill_(~latent.state["mask"], 0.0)
+            return grad.masked_fill_(~latent.mask, 0.0)
         return self.method.pull_back(latent, grad, context)
 
     # -- the mask as a promise ----------------------------------------------------------------------------------------
@@ -231,7 +241,7 @@ class LatentWeights:
         """Count the nonzero entries of what the network sees, with one transfer from the device."""
         if self.frozen and self._nonzeros:
             return
-        counts = [(latent.weight.detach() != 0).sum() for latent in self.latents.values()]
+        counts = [(latent.weight.detach() != 0).count_nonzero() for latent in self.latents.values()]
         self._nonzeros = dict(zip(self.latents, torch.stack(counts).tolist(), strict=True))
 
     @property

@@ -53,7 +53,7 @@ def anneal_gradient(grad: Tensor, mask: Tensor, alpha: float, *, out: Tensor | N
     if alpha == 0.0:
         # Not a product: a pruned weight must not hear of an infinite gradient.
         return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device), out=out)
-    return torch.mul(grad, torch.where(mask, 1.0, alpha).to(grad.dtype), out=out)
+    return torch.where(mask, grad, alpha * grad, out=out)
 
 
 def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float) -> Tensor:

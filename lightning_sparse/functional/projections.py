@@ -48,7 +48,7 @@ def soft_threshold(theta: Tensor, threshold: Tensor | float, *, out: Tensor | No
     threshold = torch.as_tensor(threshold, dtype=theta.dtype, device=theta.device)
     # theta minus its clamp: two passes, and x - x = +0 for every pruned entry.
     clamped = torch.clamp(theta, -threshold, threshold, out=out)
-    return torch.sub(theta, clamped, out=clamped)
+    return torch.sub(theta, clamped, out=out)
 
 
 def rescale_channels(weight: Tensor, theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
@@ -81,8 +81,9 @@ def rescale_channels(weight: Tensor, theta: Tensor, threshold: Tensor | float, *
         tensor([[2.6579, 0.0000],
                 [1.0000, 1.0000]])
     """
-    magnitude = theta.abs().flatten(1)
-    dense = magnitude.mean(1)
-    kept = magnitude.mul_(magnitude > threshold).mean(1)
+    dims = tuple(range(1, max(2, theta.ndim)))
+    magnitude = theta.abs() if theta.ndim > 1 else theta.abs().unsqueeze(1)  # a vector has one element per channel
+    dense = magnitude.mean(dims, keepdim=True)
+    kept = torch.threshold_(magnitude, float(threshold), 0.0).mean(dims, keepdim=True)
     scale = 1.01 / ((kept + 1e-6) / (dense + 1e-6) + 0.01)
     return torch.mul(weight, scale.view(-1, *[1] * (weight.ndim - 1)), out=out)

@@ -1,7 +1,8 @@
 """Exact selection by magnitude over a list of tensors, without sorting or concatenating them.
 
 The magnitudes of floating-point numbers order like their bit patterns. One counting pass over the upper bits finds
-the bucket that holds the wanted rank; only the few numbers inside that bucket are then looked at one by one.
+the bucket that holds the wanted rank; only the few numbers inside that bucket are then looked at one by one. Thresholds
+move slowly from step to step, so that the bracket around the last one mostly makes the counting pass superfluous.
 """
 
 import math
@@ -13,17 +14,20 @@ from torch import Tensor
 __all__ = ["kth_largest", "magnitude_quantile", "order_statistics", "topk_masks"]
 
 # Small tensors are counted together, so that a model of many small layers needs few kernel launches.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+# Half the width of the bracket around a guess, relative to it.
+_MARGIN = 0.01
 # Per key type: bits to drop so that 15 (or 16) upper bits remain.
 _KEYS = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 48)}
 
 
-def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int], *, near: Tensor | None = None) -> Tensor:
     """Find the magnitudes at the given ranks among all elements of all tensors.
 
     Args:
         tensors: Floating-point tensors of any shape. Half-precision numbers are compared as float32.
-        ranks: Ranks in ascending order of magnitude, ``0`` (smallest) to ``N - 1`` (largest), themselves ascending.
+        ranks: Ranks in ascending order of magnitude, ``0`` (smallest) to ``N - 1`` (largest); NaN counts as largest.
+        near: A guess, such as the result of the step before. A good one saves a pass; none changes the result.
 
     Returns:
         Tensor of shape ``(len(ranks),)``, float32 (float64 if any input is).
@@ -41,30 +45,28 @@ def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     integer, shift = _KEYS[dtype]
 
-    counts = torch.zeros(1 << 15, dtype=torch.long, device=tensors[0].device)
-    for chunk in _magnitudes(tensors, dtype):
-        digits = chunk.view(integer).bitwise_right_shift_(shift)
-        counts += torch.bincount(digits, minlength=1 << 15)
-    below = counts.cumsum(0)
-    first, last = torch.searchsorted(
-        below, torch.tensor([ranks[0], ranks[-1]], device=below.device), right=True
-    ).tolist()
-    skipped = int(below[first - 1]) if first else 0
-
-    inside = [
-        chunk[(chunk.view(integer) >= first << shift) & (chunk.view(integer) < (last + 1) << shift)]
-        for chunk in _magnitudes(tensors, dtype)
-    ]
-    candidates = torch.cat(inside).sort().values
-    return candidates[torch.tensor([rank - skipped for rank in ranks], device=candidates.device)]
+    found = None
+    if near is not None and 0 < near < math.inf:
+        bracket = (near.to(dtype) * torch.tensor([1 - _MARGIN, 1 + _MARGIN], dtype=dtype, device=near.device)).view(integer)
+        found = _look_between(*bracket.tolist(), tensors, ranks, dtype)
+    if found is None:
+        counts = torch.zeros(1 << 15, dtype=torch.long, device=tensors[0].device)
+        for chunk in _magnitudes(tensors, dtype):
+            counts += torch.bincount(chunk.view(integer).bitwise_right_shift_(shift), minlength=1 << 15)
+        ends = torch.tensor([min(ranks), max(ranks)], device=counts.device)
+        first, last = torch.searchsorted(counts.cumsum(0), ends, right=True).tolist()
+        found = _look_between(first << shift, ((last + 1) << shift) - 1, tensors, ranks, dtype)
+    assert found is not None
+    return found
 
 
-def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
+def kth_largest(tensors: Sequence[Tensor], k: int, *, near: Tensor | None = None) -> Tensor:
     """Find the k-th largest magnitude among all elements of all tensors.
 
     Args:
         tensors: Floating-point tensors of any shape.
         k: ``1`` (largest) to ``N`` (smallest).
+        near: A guess, see :func:`order_statistics`.
 
     Returns:
         Scalar tensor.
@@ -79,10 +81,10 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
     total = sum(tensor.numel() for tensor in tensors)
     if not 1 <= k <= total:
         raise ValueError(f"Expected argument `k` to lie in [1, {total}], but got {k}.")
-    return order_statistics(tensors, [total - k]).squeeze(0)
+    return order_statistics(tensors, [total - k], near=near).squeeze(0)
 
 
-def magnitude_quantile(tensors: Sequence[Tensor], q: float) -> Tensor:
+def magnitude_quantile(tensors: Sequence[Tensor], q: float, *, near: Tensor | None = None) -> Tensor:
     """Interpolated quantile of the magnitudes of all elements of all tensors.
 
     Linear interpolation between the order statistics around position ``(N - 1) q``, the convention of NumPy.
@@ -90,6 +92,7 @@ def magnitude_quantile(tensors: Sequence[Tensor], q: float) -> Tensor:
     Args:
         tensors: Floating-point tensors of any shape.
         q: In ``[0, 1]``.
+        near: A guess, see :func:`order_statistics`.
 
     Returns:
         Scalar tensor.
@@ -104,7 +107,7 @@ def magnitude_quantile(tensors: Sequence[Tensor], q: float) -> Tensor:
     if not 0.0 <= q <= 1.0:
         raise ValueError(f"Expected argument `q` to lie in [0, 1], but got {q}.")
     position = (sum(tensor.numel() for tensor in tensors) - 1) * q
-    around = order_statistics(tensors, [math.floor(position), math.ceil(position)])
+    around = order_statistics(tensors, [math.floor(position), math.ceil(position)], near=near)
     return torch.lerp(around[0], around[1], position - math.floor(position))
 
 
@@ -131,29 +134,50 @@ def topk_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     if k in (0, total):
         return [torch.full_like(tensor, k > 0, dtype=torch.bool) for tensor in tensors]
     threshold = kth_largest(tensors, k)
-    masks = [tensor.abs() >= threshold for tensor in tensors]
+    # Not `>=`, which would prune a NaN and so hide it.
+    masks = [(tensor.abs().to(threshold.dtype) < threshold).logical_not_() for tensor in tensors]
     surplus = sum(int(mask.count_nonzero()) for mask in masks) - k
     for tensor, mask in zip(reversed(tensors), reversed(masks), strict=True):
         if surplus <= 0:
             break
-        ties = (tensor.abs() == threshold).flatten().nonzero().flatten()[-surplus:]
-        mask.view(-1)[ties] = False
+        ties = (tensor.abs().to(threshold.dtype) == threshold).flatten().nonzero().flatten()[-surplus:]
+        mask[torch.unravel_index(ties, mask.shape)] = False
         surplus -= len(ties)
     return masks
 
 
+def _look_between(
+    low: int, high: int, tensors: Sequence[Tensor], ranks: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """The magnitudes at the ranks, if their bit patterns lie in ``[low, high]``."""
+    integer, _ = _KEYS[dtype]
+    below, inside = torch.zeros((), dtype=torch.long, device=tensors[0].device), []
+    for chunk in _magnitudes(tensors, dtype):
+        bits = chunk.view(integer)
+        smaller = bits < low
+        below += smaller.count_nonzero()
+        inside.append(chunk[(bits <= high).logical_xor_(smaller)])
+    candidates = torch.cat(inside).sort().values
+    places = [rank - int(below) for rank in ranks]
+    if min(places) < 0 or max(places) >= len(candidates):
+        return None
+    return candidates[torch.tensor(places, device=candidates.device)]
+
+
 def _magnitudes(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield flat, freshly allocated chunks of magnitudes that together hold every element once, in order."""
+    """Yield flat, freshly allocated chunks of magnitudes that together hold every element once, in any order."""
     pending: list[Tensor] = []
     for tensor in tensors:
-        if pending and sum(t.numel() for t in pending) + tensor.numel() > _CHUNK:
-            yield _flat_magnitude(pending, dtype)
+        # In the order of memory, so that flattening copies nothing.
+        flat = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).flatten()
+        if pending and sum(t.numel() for t in pending) + flat.numel() > _CHUNK:
+            yield _magnitude(pending, dtype)
             pending = []
-        pending.append(tensor)
-    yield _flat_magnitude(pending, dtype)
+        pending.append(flat)
+    yield _magnitude(pending, dtype)
 
 
-def _flat_magnitude(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0].flatten().to(dtype).abs()
-    return torch.cat([tensor.flatten().to(dtype) for tensor in tensors]).abs_()
+def _magnitude(flat: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(flat) == 1:
+        return flat[0].to(dtype).abs()
+    return torch.cat([part.to(dtype) for part in flat]).abs_()

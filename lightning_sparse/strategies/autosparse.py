@@ -30,7 +30,8 @@ def annealed_alpha(alpha: float, alpha_reset: int | float | None, context: Conte
             "Gradient Annealing decays `alpha` over the whole training, but training is open-ended."
             " Set `max_epochs` or `max_steps` in the Trainer."
         )
-    reset = alpha_reset * context.epochs if isinstance(alpha_reset, float) else alpha_reset
+    # Rounded, so that 0.55 * 100 epochs is epoch 55.
+    reset = round(alpha_reset * context.epochs, 9) if isinstance(alpha_reset, float) else alpha_reset
     if reset is not None and context.epoch >= reset:
         return 0.0
     return alpha * sigmoid_cosine_decay(min(1.0, context.epoch / context.epochs))

@@ -1,0 +1,218 @@
+"""Exact selection against sorting, over data types, layouts, ties and every size of counting chunk."""
+
+from unittest import mock
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from lightning_sparse.functional import kth_largest, magnitude_quantile, order_statistics, selection, topk_masks
+from tests.reference import functional as reference
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Both zeros, ties, subnormals of float32 and of float64, and what overflows to infinity in half precision.
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, 1e-310, 3.4e38, float("inf"), -float("inf")]
+SHAPES = [(), (0,), (1,), (7,), (2, 3), (3, 0), (2, 3, 2, 2), (1, 5, 1)]
+
+
+@st.composite
+def tensors(draw, dtypes=DTYPES):
+    """A tensor of any data type and memory layout, with many equal magnitudes."""
+    shape = draw(st.sampled_from(SHAPES))
+    number = st.sampled_from(SPECIAL) | st.floats(-8, 8, width=16) | st.floats(allow_nan=False)
+    size = torch.Size(shape).numel()
+    values = draw(st.lists(number, min_size=size, max_size=size))
+    tensor = torch.tensor(values, dtype=torch.float64).reshape(shape).to(draw(st.sampled_from(dtypes)))
+    layout = draw(st.sampled_from(["contiguous", "first dimension fastest", "every other element"]))
+    if layout == "first dimension fastest" and shape:
+        return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == "every other element":
+        return torch.stack([tensor, tensor + 1], -1)[..., 0]
+    return tensor
+
+
+@st.composite
+def models(draw, dtypes=DTYPES):
+    """A list of tensors with at least one element in all."""
+    return draw(st.lists(tensors(dtypes), min_size=1, max_size=5).filter(lambda ts: any(t.numel() for t in ts)))
+
+
+def count(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
+chunks = st.sampled_from([1, 4, 1 << 20]).map(lambda size: mock.patch.object(selection, "_CHUNK", size))
+
+
+@given(models(), st.data(), chunks)
+def test_order_statistics_are_those_of_sorting(model, data, chunk):
+    ranks = data.draw(st.lists(st.integers(0, count(model) - 1), min_size=1, max_size=4))
+    with chunk:
+        found = order_statistics(model, ranks)
+    ordered = reference.sorted_magnitudes(model)
+    assert found.tolist() == [ordered[rank] for rank in ranks]
+    assert found.dtype == (torch.float64 if any(t.dtype == torch.float64 for t in model) else torch.float32)
+
+
+@given(models(), st.data(), st.floats(width=32) | st.sampled_from(SPECIAL))
+def test_a_guess_changes_nothing(model, data, guess):
+    total = sum(tensor.numel() for tensor in model)
+    ranks = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=3))
+    found = order_statistics(model, ranks)
+    for near in (torch.tensor(guess), found[0], found[-1] * 1.005):
+        assert torch.equal(order_statistics(model, ranks, near=near), found)
+
+
+def test_a_good_guess_saves_the_counting_pass():
+    weights = [torch.randn(1000)]
+    near = magnitude_quantile(weights, 0.9) * 1.005
+    with mock.patch.object(torch, "bincount", side_effect=AssertionError("counted")):
+        magnitude_quantile(weights, 0.9, near=near)
+        with pytest.raises(AssertionError, match="counted"):
+            magnitude_quantile(weights, 0.5, near=near)
+
+
+@given(models(), st.data(), chunks)
+def test_no_guess_changes_the_result(model, data, chunk):
+    ranks = data.draw(st.lists(st.integers(0, count(model) - 1), min_size=1, max_size=4))
+    ordered = reference.sorted_magnitudes(model)
+    good = st.sampled_from([1.0, 1.0, 0.9901, 1.0099, 0.99, 1.01]).map(lambda slip: ordered[ranks[0]] * slip)
+    guess = data.draw(good | st.sampled_from([-1.0, float("nan")]) | st.floats(0, 10))
+    for near in (torch.tensor(guess), torch.tensor(guess, dtype=torch.float64)):
+        with chunk:
+            assert order_statistics(model, ranks, near=near).tolist() == [ordered[rank] for rank in ranks]
+
+
+@given(models(), st.data(), chunks)
+def test_topk_keeps_exactly_k_and_the_earlier_of_equals(model, data, chunk):
+    k = data.draw(st.integers(0, count(model)))
+    with chunk:
+        masks = topk_masks(model, k)
+    assert sum(int(mask.sum()) for mask in masks) == k
+    for mask, expected, tensor in zip(masks, reference.topk_masks(model, k), model, strict=True):
+        assert mask.dtype == torch.bool
+        assert mask.device == tensor.device
+        assert torch.equal(mask, expected)
+
+
+@given(models(), st.data())
+def test_kth_largest_counts_from_the_top(model, data):
+    k = data.draw(st.integers(1, count(model)))
+    assert float(kth_largest(model, k)) == reference.sorted_magnitudes(model)[-k]
+
+
+@given(models([torch.float64]), st.floats(0, 1))
+def test_quantile_is_that_of_numpy(model, q):
+    model = [tensor.clamp(-1e300, 1e300) for tensor in model]  # numpy's answer is NaN beside an infinity
+    magnitudes = np.abs(np.concatenate([tensor.numpy().ravel() for tensor in model]))
+    found = float(magnitude_quantile(model, q))
+    assert found == pytest.approx(np.quantile(magnitudes, q), rel=1e-13, abs=1e-320)
+    assert found == pytest.approx(reference.quantile(model, q), rel=1e-13, abs=1e-320)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_quantile_in_single_precision(q):
+    model = [torch.randn(64, 32, 3, 3), torch.randn(100, 64) * 0.01, torch.randn(7)]
+    magnitudes = torch.cat([tensor.flatten() for tensor in model]).abs()
+    assert float(magnitude_quantile(model, q)) == pytest.approx(np.quantile(magnitudes.double(), q), rel=2e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 1000, 65_000, 130_000])
+def test_topk_is_that_of_a_stable_sort(dtype, k):
+    model = [torch.randn(64, 64, 4, 4), torch.randn(256, 256)]
+    model = [model[0].to(dtype, memory_format=torch.channels_last), model[1].to(dtype)]
+    order = torch.cat([tensor.flatten() for tensor in model]).abs().sort(descending=True, stable=True).indices
+    expected = torch.zeros(len(order), dtype=torch.bool)
+    expected[order[:k]] = True
+    assert torch.equal(torch.cat([mask.flatten() for mask in topk_masks(model, k)]), expected)
+
+
+@pytest.mark.parametrize("k", [0, 1, 17, 143, 144])
+def test_equal_weights_go_by_position_in_every_memory_format(k):
+    plain = torch.full((4, 2, 3, 3), -0.5)
+    model = [plain, plain.contiguous(memory_format=torch.channels_last)]
+    kept = torch.cat([mask.flatten() for mask in topk_masks(model, k)])
+    assert torch.equal(kept, torch.arange(144) < k)
+
+
+def test_a_tensor_larger_than_the_chunk():
+    large = torch.randn(selection._CHUNK + 3)
+    model = [torch.randn(5), large, torch.randn(2, 2), large[: selection._CHUNK // 2]]
+    everything = torch.cat([tensor.flatten() for tensor in model]).abs()
+    ordered = everything.sort().values
+    ranks = [0, 1, len(ordered) // 3, len(ordered) - 1]
+    assert torch.equal(order_statistics(model, ranks), ordered[ranks])
+    assert sum(int(mask.sum()) for mask in topk_masks(model, 12_345)) == 12_345
+
+
+@given(models(), st.data())
+def test_inputs_are_only_read(model, data):
+    before = [tensor.clone() for tensor in model]
+    topk_masks(model, data.draw(st.integers(0, count(model))))
+    magnitude_quantile(model, 0.5)
+    for tensor, copy in zip(model, before, strict=True):
+        assert torch.equal(tensor, copy)
+        assert torch.equal(tensor.signbit(), copy.signbit())
+
+
+@given(models([torch.float32]), st.data())
+def test_keep_sets_are_nested_and_follow_signs_and_scale(model, data):
+    k = data.draw(st.integers(0, count(model) - 1))
+    masks = topk_masks(model, k)
+    for larger, mask in zip(topk_masks(model, k + 1), masks, strict=True):
+        assert torch.equal(larger & mask, mask)
+    for flipped, mask in zip(topk_masks([-tensor for tensor in model], k), masks, strict=True):
+        assert torch.equal(flipped, mask)
+    model = [tensor.clamp(-1e30, 1e30) * (tensor.abs() > 1e-30) for tensor in model]  # where doubling is exact
+    for doubled, mask in zip(topk_masks([2 * tensor for tensor in model], k), topk_masks(model, k), strict=True):
+        assert torch.equal(doubled, mask)
+
+
+@pytest.mark.parametrize("nan", [0x7FC00000, 0xFFC00000 - (1 << 32), -1])
+def test_nan_counts_as_largest_so_that_it_stays_in_sight(nan):
+    bad = torch.tensor([nan], dtype=torch.int32).view(torch.float32)
+    model = [torch.tensor([1.0, 3.0]), bad, torch.tensor([2.0, float("inf")])]
+    assert order_statistics(model, [0, 3]).tolist() == [1.0, float("inf")]
+    assert order_statistics(model, [4]).isnan().all()
+    assert [mask.tolist() for mask in topk_masks(model, 2)] == [[False, False], [True], [False, True]]
+    assert topk_masks([bad, bad, torch.ones(1)], 1)[0].all()
+
+
+def test_parameters_are_welcome():
+    parameter = torch.nn.Parameter(torch.tensor([3.0, -1.0, 2.0]))
+    assert topk_masks([parameter], 2)[0].tolist() == [True, False, True]
+    assert float(kth_largest([parameter], 2).detach()) == 2.0
+
+
+@pytest.mark.parametrize("rank", [-1, 3])
+def test_a_rank_beyond_the_elements_is_refused(rank):
+    with pytest.raises(ValueError, match=r"Expected argument `ranks` to lie in \[0, 2\], but got"):
+        order_statistics([torch.ones(3)], [rank])
+
+
+@pytest.mark.parametrize("k", [-1, 0, 4])
+def test_a_count_beyond_the_elements_is_refused(k):
+    with pytest.raises(ValueError, match=rf"Expected argument `k` to lie in \[1, 3\], but got {k}\."):
+        kth_largest([torch.ones(3)], k)
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_masks_of_more_than_all_are_refused(k):
+    with pytest.raises(ValueError, match=rf"Expected argument `k` to lie in .*, but got {k}\."):
+        topk_masks([torch.ones(3)], k)
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.1, float("nan")])
+def test_a_quantile_outside_the_unit_interval_is_refused(q):
+    with pytest.raises(ValueError, match=r"Expected argument `q` to lie in \[0, 1\], but got"):
+        magnitude_quantile([torch.ones(3)], q)
+
+
+def test_nothing_at_all():
+    assert topk_masks([], 0) == []
+    assert topk_masks([torch.ones(0, 3)], 0)[0].shape == (0, 3)
+    with pytest.raises(ValueError, match="Expected argument"):
+        magnitude_quantile([torch.ones(0)], 0.5)

@@ -1,0 +1,63 @@
+"""What every test of a law compares."""
+
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_sparse import ST3, SparseTraining
+from lightning_sparse.functional import rescale_channels, soft_threshold
+
+
+def assert_same(actual: Any, expected: Any, where: str = "") -> None:
+    """Compare nested containers of tensors bit for bit."""
+    if isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype, where
+        assert torch.equal(actual, expected), f"{where}: {(actual != expected).sum()} of {actual.numel()} differ"
+    elif isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), where
+        for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(one, other, f"{where}/{i}")
+    else:
+        assert actual == expected, where
+
+
+def assert_different(actual: nn.Module, expected: nn.Module) -> None:
+    pairs = zip(actual.parameters(), expected.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
+def assert_sparse(model: LightningModule, callback: SparseTraining) -> None:
+    """The model holds the projection of the latents, with zeros exactly where the callback says so."""
+    for name in callback.targets:
+        weight, mask = model.get_parameter(name), callback.mask(name)
+        assert torch.equal(weight != 0, mask), f"{name}: zeros {(weight == 0).sum()}, pruned {(~mask).sum()}"
+        assert torch.equal(weight, project(callback, name)), f"{name} is no projection"
+
+
+def project(callback: SparseTraining, name: str) -> Tensor:
+    """What the network sees of a weight, from what the callback tells about it."""
+    theta, threshold = callback.latent(name), callback.threshold(name)
+    if threshold is None:
+        return torch.where(callback.mask(name), theta, 0.0)
+    weight = soft_threshold(theta, threshold)
+    return rescale_channels(weight, theta, threshold) if isinstance(callback, ST3) else weight
+
+
+def count_sparsity(model: nn.Module, names: list[str] | None = None) -> float:
+    tensors = [parameter for name, parameter in model.named_parameters() if names is None or name in names]
+    return sum(int((t == 0).sum()) for t in tensors) / sum(t.numel() for t in tensors)
+
+
+def describe(module: nn.Module) -> list[Any]:
+    """All that is attached to a module and its children except for values: names, classes, hooks, shapes, strides."""
+    return [
+        (name, type(m), {k: len(v) if isinstance(v, Sized) else None for k, v in vars(m).items()})
+        for name, m in module.named_modules()
+    ] + [(name, type(p), p.shape, p.stride(), id(p), p.data_ptr()) for name, p in module.named_parameters()]
