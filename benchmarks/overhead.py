@@ -81,7 +81,7 @@ class Arm(L.Callback):
     """A run that takes a step when it is told to."""
 
     def __init__(self, method, network, batch, steps):
-        self._go, self._ready = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._ready, self._ended = threading.Semaphore(0), threading.Semaphore(0), False
         torch.manual_seed(0)
         trainer = L.Trainer(
             max_epochs=1,
@@ -93,12 +93,22 @@ class Arm(L.Callback):
             enable_model_summary=False,
         )
         loader = DataLoader([batch] * (steps + 1), batch_size=None)
-        threading.Thread(target=trainer.fit, args=(Model(network()), loader), daemon=True).start()
+        self._thread = threading.Thread(target=self._fit, args=(trainer, Model(network()), loader), daemon=True)
+        self._thread.start()
         self._ready.acquire()
+
+    def _fit(self, trainer, model, loader):
+        try:
+            trainer.fit(model, loader)
+        finally:
+            self._ended = True
+            self._ready.release()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._ready.release()
         self._go.acquire()
+        if self._ended:
+            raise StopIteration  # as if the data were at their end
 
     def run(self, steps):
         """Take some steps and return the seconds that each took."""
@@ -106,7 +116,14 @@ class Arm(L.Callback):
         for _ in range(steps):
             self._go.release()
             self._ready.acquire()
+        if self._ended:
+            raise SystemExit("A run has failed; its error stands above.")
         return (time.perf_counter() - start) / steps
+
+    def end(self):
+        self._ended = True
+        self._go.release()
+        self._thread.join()
 
 
 def build(method):
@@ -165,6 +182,8 @@ def measure(model, methods, rounds, steps, profile):
             if turn >= WARM_UP:
                 seconds[name].append(taken)
                 parts[name].append(Counter(profile.seconds) if profile else {})
+    for arm in arms.values():
+        arm.end()
     print(f"\n{model}, batch {'×'.join(map(str, shape))}, {rounds} rounds of {steps} step(s)\n")
     print("| method | median ms | median ratio | min – max | ratio of fastest | goal |\n|---|---|---|---|---|---|")
     for name, values in seconds.items():

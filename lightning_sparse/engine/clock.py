@@ -21,7 +21,7 @@ class Clock:
 
     Attributes:
         epochs: Length of the whole training in epochs, infinite when open-ended.
-        batches: Batches per epoch, infinite when unknown.
+        batches: Batches per epoch, infinite when unknown; where epochs cannot be told, steps of the whole training.
         sized: Whether epochs can be told.
     """
 
@@ -33,24 +33,24 @@ class Clock:
     def of(cls, trainer: "pl.Trainer", max_epochs: int | None) -> "Clock":
         """Read the clock's face from the Trainer's flags."""
         batches, accumulated = float(trainer.num_training_batches), trainer.accumulate_grad_batches
-        steps = trainer.max_steps / max(1, len(trainer.optimizers))  # negative for no limit
-        if math.isinf(batches) and steps > 0:
-            return cls(1.0, steps * accumulated, sized=False)
+        if math.isinf(batches) and trainer.max_steps > 0:
+            return cls(1.0, float(trainer.max_steps), sized=False)
         epochs = math.inf if max_epochs in (None, -1) else float(max_epochs or 0)
-        if steps > 0 and batches:
+        if trainer.max_steps > 0 and batches:
+            steps = trainer.max_steps / max(1, len(trainer.optimizers))
             whole, rest = divmod(steps, math.ceil(batches / accumulated))
             epochs = min(epochs, whole + rest * accumulated / batches)
         return cls(epochs, batches)
 
-    def position(self, epoch: int, batch: int, total_batch: int) -> float:
+    def position(self, epoch: int, batch: int, step: int) -> float:
         """Epochs so far.
 
         Args:
             epoch: Index of the current epoch.
             batch: Batches done in it.
-            total_batch: Batches done since training began.
+            step: Optimizer steps done since training began, of all optimizers.
         """
-        return epoch + batch / self.batches if self.sized else min(1.0, total_batch / self.batches)
+        return epoch + batch / self.batches if self.sized else min(1.0, step / self.batches)
 
     def at(self, moment: int | float, argument: str) -> float:
         """Epochs at a moment given as an epoch (int) or as a fraction of training (float).

@@ -1,7 +1,6 @@
 """When each thing happens: the only code that knows Lightning's training hooks."""
 
 import weakref
-from collections import Counter
 from copy import deepcopy
 from typing import Any, Self
 
@@ -13,12 +12,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_sparse.engine.account import Account, batch_size
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
+from lightning_sparse.engine.steps import StepWatch
 from lightning_sparse.engine.targets import Target, find_targets
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
 from lightning_sparse.reports import Report, Row, show_report, show_targets
@@ -53,9 +52,7 @@ class TrainingHooks(pl.Callback):
         self._first = _First(self)
         self._vanished: set[str] = set()
         self._restored: dict[str, Any] | None = None
-        self._handles: dict[Optimizer, tuple[RemovableHandle, ...]] = {}
-        # How deep in `step` each optimizer is: hooks fire twice in a subclass that calls `super().step()`.
-        self._depth: Counter[int] = Counter()
+        self._steps = StepWatch()
 
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged each epoch."""
@@ -160,25 +157,9 @@ class TrainingHooks(pl.Callback):
             self._account.load_state_dict(restored["account"])
         self._account.count_example(trainer, pl_module)
         self._weights.count()
-        self._watch(trainer)
         if self.verbose and not self._attached and trainer.is_global_zero:
             show_targets(type(self).__name__, self._rows)
         self._attached = True
-
-    def _watch(self, trainer: pl.Trainer) -> None:
-        """Be told of every step of every optimizer, whoever steps it."""
-        self._unwatch()
-        for optimizer in trainer.optimizers:
-            self._handles[optimizer] = (
-                optimizer.register_step_pre_hook(lambda optimizer, *_: self._depth.update([id(optimizer)])),
-                optimizer.register_step_post_hook(lambda optimizer, *_: self._after_step(trainer, optimizer)),
-            )
-
-    def _unwatch(self) -> None:
-        for handle in sum(self._handles.values(), ()):
-            handle.remove()
-        self._handles.clear()
-        self._depth.clear()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,8 +172,7 @@ class TrainingHooks(pl.Callback):
     ) -> None:
         """Called when a training batch begins. Sets the clock to the end of this batch."""
         self._attach(trainer, pl_module)  # a learning rate finder may have restored a checkpoint meanwhile
-        if self._handles.keys() != set(trainer.optimizers):
-            self._watch(trainer)
+        self._steps.follow(trainer.optimizers, lambda optimizer: self._after_step(trainer, optimizer))
         self._tick(trainer, batch_idx + 1)
         self._account.open(pl_module)
 
@@ -201,16 +181,17 @@ class TrainingHooks(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Called before ``optimizer.step`` and before gradients are clipped. Shows the latents to the optimizer."""
-        self._weights.bind(pl_module)
-        self._weights.expose(optimizer, self._context())
+        if self._trains(trainer):
+            self._weights.bind(pl_module)
+            self._weights.expose(optimizer, self._context())
+
+    def _trains(self, trainer: pl.Trainer) -> bool:
+        """Whether steps are ours: a learning rate finder removes callbacks, SWA makes a last pass for BatchNorm."""
+        return self in _callbacks(trainer) and not trainer.fit_loop._skip_backward
 
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        self._depth[id(optimizer)] -= 1
-        if self._depth[id(optimizer)] > 0:
-            return
         stepped = self._weights.stepped(optimizer, trainer.optimizers.index(optimizer), self._context)
-        # A learning rate finder takes the callbacks away while it trains.
-        if not stepped and self in _callbacks(trainer):
+        if not stepped and self._trains(trainer):
             raise MisconfigurationException(
                 f"`{type(optimizer).__name__}` was stepped without Lightning, so `{type(self).__name__}` could not show"
                 " it the latents. In manual optimization step the optimizers that `self.optimizers()` returns."
@@ -218,11 +199,12 @@ class TrainingHooks(pl.Callback):
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Settle what no optimizer step has, and keep the accounts, before other callbacks look at the model."""
+        if not self._trains(trainer):
+            return
         self._account.close(batch)
         self._price()
         self._account.spend(batch_size(batch) * trainer.world_size)
         self._weights.settle(self._context())
-        self._depth.clear()
         if (
             self.freeze is not None
             and not self._weights.frozen
@@ -290,7 +272,7 @@ class TrainingHooks(pl.Callback):
 
     def _detach(self, trainer: pl.Trainer) -> None:
         self._account.abandon()
-        self._unwatch()
+        self._steps.release()
         trainer.callbacks = [callback for callback in _callbacks(trainer) if callback is not self._first]  # type: ignore[attr-defined]
 
     @override
@@ -337,8 +319,8 @@ class TrainingHooks(pl.Callback):
 
     def _tick(self, trainer: pl.Trainer, batches: int) -> None:
         """Read the clock, with so many batches of the current epoch done."""
-        epoch = trainer.current_epoch
-        self._position = self._clock.position(epoch, batches, trainer.fit_loop.total_batch_idx + 1)
+        epoch, steps = trainer.current_epoch, len(trainer.optimizers) if batches else 0
+        self._position = self._clock.position(epoch, batches, trainer.global_step + steps)
         self._epoch = epoch if self._clock.sized else self._position
 
     def _publish(self, trainer: pl.Trainer, *, log: bool) -> None:
@@ -361,7 +343,7 @@ class TrainingHooks(pl.Callback):
         return None if self._module is None else self._module()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": None, "_handles": {}}
+        return {**vars(self), "_module": None, "_steps": StepWatch()}
 
     def __copy__(self) -> Self:
         return deepcopy(self)  # the parts of a callback refer to it

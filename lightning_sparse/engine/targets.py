@@ -187,7 +187,7 @@ def _no_match(argument: str, pattern: str, candidates: list[_Candidate]) -> str:
     around = [ancestor for candidate in candidates for chain in candidate.ancestors for ancestor in chain]
     known = {name for candidate in candidates for name in candidate.names}
     known |= {path for path, _ in around if path} | {type(layer).__name__ for _, layer in around}
-    close = difflib.get_close_matches(pattern.removeprefix("re:"), sorted(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.5)
     hint = (
         f"Did you mean {' or '.join(map(repr, close))}?"
         if close

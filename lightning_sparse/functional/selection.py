@@ -47,8 +47,9 @@ def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int], *, near: T
 
     found = None
     if near is not None and 0 < near < math.inf:
-        bracket = (near.to(dtype) * torch.tensor([1 - _MARGIN, 1 + _MARGIN], dtype=dtype, device=near.device)).view(integer)
-        found = _look_between(*bracket.tolist(), tensors, ranks, dtype)
+        margins = torch.tensor([1 - _MARGIN, 1 + _MARGIN], dtype=dtype, device=near.device)
+        low, high = (near.to(dtype) * margins).view(integer).tolist()
+        found = _look_between(low, high, tensors, ranks, dtype)
     if found is None:
         counts = torch.zeros(1 << 15, dtype=torch.long, device=tensors[0].device)
         for chunk in _magnitudes(tensors, dtype):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from tests.helpers.assertions import assert_different, assert_same, assert_sparse, describe
 from tests.helpers.models import Classifier, Gan, Loader, fit, make_net, make_trainer, run, snapshot
-from tests.helpers.strategies import every_strategy, some_strategies
+from tests.helpers.strategies import every_strategy, parametrize, some_strategies
 
 
 class Start(Callback):
@@ -152,7 +152,7 @@ def count_tensors():
 
 
 @pytest.mark.filterwarnings("ignore:Training ended at sparsity:UserWarning")
-@every_strategy
+@parametrize("ST3", "AutoSparse", "GMP")
 def test_memory_is_constant_over_fits(setting):
     model, callback, counts = Classifier(), setting.build(), []
     for _ in range(3):

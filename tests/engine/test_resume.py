@@ -4,29 +4,14 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 
 import lightning_sparse as ls
 from tests.helpers.assertions import assert_different, assert_same, assert_sparse, count_sparsity
-from tests.helpers.models import Classifier, Gan, Loader, ManualClassifier, fit, make_trainer, snapshot
+from tests.helpers.models import Classifier, Gan, Loader, ManualClassifier, Saver, fit, make_trainer, snapshot
 from tests.helpers.strategies import SETTINGS, every_strategy, some_strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-
-
-class Saver(Checkpoint):
-    """Saves after every batch with an optimizer step, and after every epoch."""
-
-    def __init__(self):
-        self.step = 0
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step > self.step:
-            self.step = trainer.global_step
-            trainer.save_checkpoint(f"step={self.step}.ckpt")
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.save_checkpoint(f"epoch={trainer.current_epoch}.ckpt")
 
 
 def run(callbacks, make_model=Classifier, ckpt_path=None, **flags):

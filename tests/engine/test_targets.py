@@ -166,7 +166,7 @@ def test_a_module_used_twice_is_treated_once():
 def test_weights_tied_to_an_embedding_stay_dense_unless_named(layers):
     net = tied(*layers)
     assert reasons(net) == {"a.weight": "Embedding stays dense by default (tied to b.weight)"}
-    for pattern in ("a", "b", "a.weight", "b.weight", "Linear", "Embedding"):
+    for pattern in ("a", "b", "b.w*", "re:^b", "b.weight", "Linear", "Embedding"):
         assert treated(net, targets=[pattern]) == ["a.weight"]
     assert treated(net, targets=["*"], ignore=["b"]) == []
 
@@ -182,6 +182,7 @@ def test_names_are_those_before_compilation(net, whole):
     verdicts = find_targets(compiled)
     assert [(verdict.name, verdict.treated) for verdict in verdicts] == expected
     assert treated(compiled, targets=["head"]) == treated(compiled, targets=["head.weight"]) == ["head.weight"]
+    assert [verdict.path for verdict in verdicts] == [name for name, _ in compiled.named_parameters()]
     assert all(compiled.get_parameter(verdict.path) is verdict.parameter for verdict in verdicts)
 
 

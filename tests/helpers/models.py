@@ -70,15 +70,16 @@ class ResumableLoader(Loader):
         self.place = state["place"]
 
 
-def make_net(*, norm: bool = True) -> nn.Sequential:
-    """Convolution, transposed convolution and linear layers, with dropout, so that random draws matter."""
+def make_net(*, norm: bool = True, dropout: float = 0.2) -> nn.Sequential:
+    """Convolution, transposed convolution and linear layers; with dropout, so that random draws matter."""
+    torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.BatchNorm2d(4) if norm else nn.Identity(),
         nn.ReLU(),
         nn.ConvTranspose2d(4, 3, 2),
         nn.Flatten(),
-        nn.Dropout(0.2),
+        nn.Dropout(dropout),
         nn.Linear(75, 8),
         nn.ReLU(),
         nn.Linear(8, CLASSES),
@@ -117,7 +118,6 @@ class Classifier(Repeatable):
 
     def __init__(self, net: nn.Module | None = None, optimizer: str = "sgd", schedule: bool = True) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.net = make_net() if net is None else net
         self.make_optimizer, self.schedule = OPTIMIZERS[optimizer], schedule
         self.lr = self.make_optimizer.keywords["lr"]
@@ -198,6 +198,21 @@ class Gan(Repeatable):
             torch.optim.Adam(self.generator.parameters(), lr=0.01),
             torch.optim.SGD(self.critic.parameters(), lr=0.05, momentum=0.9),
         )
+
+
+class Saver(Checkpoint):
+    """Saves after every batch with an optimizer step, and after every epoch."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            trainer.save_checkpoint(f"step={self.step}.ckpt")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(f"epoch={trainer.current_epoch}.ckpt")
 
 
 def make_trainer(*callbacks: Callback, **flags: Any) -> L.Trainer:

@@ -18,7 +18,10 @@ WEIGHTS = ["stem.weight", "depthwise.weight", "grouped.weight", "head.weight"]
 
 
 class Net(L.LightningModule):
-    """Ordinary, depthwise and grouped convolutions with and without bias, batch normalisation, a linear head."""
+    """Ordinary, depthwise and grouped convolutions with and without bias, batch normalisation, a linear head.
+
+    The activations are smooth: a rounding error that moves an input of a relu across zero would change the gradient.
+    """
 
     def __init__(self, configure, dtype=torch.float64):
         super().__init__()
@@ -30,8 +33,8 @@ class Net(L.LightningModule):
         self.configure = configure
 
     def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        x = F.relu(self.grouped(F.relu(self.depthwise(x))))
+        x = F.silu(self.norm(self.stem(x)))
+        x = F.silu(self.grouped(F.silu(self.depthwise(x))))
         return self.head(F.avg_pool2d(x, 3).flatten(1))
 
     def training_step(self, batch, batch_idx):
