@@ -253,13 +253,14 @@ class FlopRecorder:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace a call unless it is part of one that has been traced, or the module is known to be untraceable."""
-        if self._inside is None and module not in self._failed and not _is_redirected(module):
+        idle = self._inside is None and torch._C._get_tracing_state() is None  # of any recorder
+        if idle and module not in self._failed and not _is_redirected(module):
             self._inside = module  # the trace fires these hooks too
             self._inside = module if self.trace(module, args, kwargs) else None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Leave the outermost traced call."""
-        if self._inside is module:
+        if self._inside is module and torch._C._get_tracing_state() is None:
             self._inside = None
 
 

@@ -25,10 +25,6 @@ from lightning_sparse import (
 from lightning_sparse.metrics import Sparsity
 
 NAN, INF = float("nan"), float("inf")
-NOT_CHECKED_YET = {"threshold_init", "threshold_weight_decay", "targets", "ignore"}
-pending = pytest.mark.xfail(
-    strict=True, reason="not checked yet, or only after another callback has pruned its weights"
-)
 
 # --- when the callback is made ---------------------------------------------------------------------------------------
 
@@ -199,9 +195,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("cls", "kwargs", "error", "sentence"),
-    [pytest.param(*row, marks=[pending] if NOT_CHECKED_YET & row[1].keys() else []) for row in MISTAKES],
-    ids=[f"{cls.__name__}-{kwargs}" for cls, kwargs, *_ in MISTAKES],
+    ("cls", "kwargs", "error", "sentence"), MISTAKES, ids=[f"{cls.__name__}-{kwargs}" for cls, kwargs, *_ in MISTAKES]
 )
 def test_wrong_argument(cls, kwargs, error, sentence):
     if cls is SparseTraining:
@@ -290,7 +284,6 @@ def test_override_of_a_weight_that_stays_dense():
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pending
 def test_weights_that_are_not_finite(value):
     module = Net()
     module.head.weight.data[1, 2] = value
@@ -309,7 +302,6 @@ def test_no_trainable_target():
         refuse_fit(callbacks, MisconfigurationException, sentence, module)
 
 
-@pending
 def test_uninitialised_weights():
     class LazyNet(Net):
         def __init__(self):
@@ -344,7 +336,6 @@ def test_lbfgs():
     [{"start": 3, "end": 0.5}, {"start": 0.5, "end": 1}, {"cls": ST3, "start": 0, "end": 3, "freeze": 0.5}],
     ids=str,
 )
-@pending
 def test_moments_of_both_kinds_out_of_order(kwargs):
     for callbacks in beside(quiet(**kwargs)):
         refuse_fit(callbacks, MisconfigurationException, "Expected `start` <= `end` <= `freeze`, but ")
@@ -358,7 +349,6 @@ def test_moments_of_both_kinds_out_of_order(kwargs):
         ({"cls": ST3, "start": 0, "end": 1, "freeze": 0.9}, "freeze", 0.9),
     ],
 )
-@pending
 def test_fractions_of_an_open_ended_training(kwargs, argument, value):
     sentence = (
         f"Expected argument `{argument}` to be an int (epoch), as training is open-ended, but got {value}."
@@ -373,14 +363,12 @@ def test_fractions_of_an_open_ended_training(kwargs, argument, value):
     [{"cls": AutoSparse}, {"cls": AutoSparse, "alpha_reset": None}, {"cls": TopKGradientAnnealing, "alpha_reset": 2}],
     ids=str,
 )
-@pending
 def test_annealing_over_an_open_ended_training(kwargs):
     sentence = "Gradient Annealing decays `alpha` over the whole training, but training is open-ended. Set `max_epochs`"
     for callbacks in beside(quiet(**kwargs)):
         refuse_fit(callbacks, MisconfigurationException, sentence, max_epochs=-1)
 
 
-@pending
 def test_epochs_of_unknown_length():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -407,7 +395,6 @@ def test_strategies_that_shard_weights(strategy_class):
         ST3().setup(trainer, Net(), "fit")
 
 
-@pending
 def test_trainer_of_the_other_package():
     class OtherNet(pytorch_lightning.LightningModule):
         def __init__(self):

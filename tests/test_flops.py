@@ -685,3 +685,10 @@ def test_recorder_goes_on_after_a_failed_call():
             net(X)
         net[0].eval()(X)
     assert recorder.count().by_layer == {"0.weight": 2 * 6 * 12}
+
+
+def test_two_recorders_at_once_count_the_same():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with FlopRecorder(net) as first, FlopRecorder(net) as second:
+        net(torch.randn(1, 4))
+    assert first.count().by_layer == second.count().by_layer == {"0.weight": 12, "1.weight": 6}

@@ -6,7 +6,15 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.checks import check_choice, check_fraction, check_overrides, check_positive, check_window
+from lightning_sparse.engine.checks import (
+    check_choice,
+    check_fraction,
+    check_number,
+    check_overrides,
+    check_patterns,
+    check_positive,
+    check_window,
+)
 from lightning_sparse.engine.hooks import TrainingHooks
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.weights import LatentWeights
@@ -107,6 +115,9 @@ class SparseTraining(TrainingHooks):
         check_choice("projection", projection, ("hard", "soft"))
         check_choice("gradient", gradient, ("straight_through", "masked"))
         check_positive("update_every_n_steps", update_every_n_steps)
+        check_number("threshold_weight_decay", threshold_weight_decay, negative=False)
+        check_patterns("targets", targets)
+        check_patterns("ignore", ignore)
         check_overrides(overrides, budget=sparsity is not None)
         self.final_sparsity, self.initial_sparsity = sparsity, initial_sparsity
         self.start, self.end, self.freeze = start, end, freeze

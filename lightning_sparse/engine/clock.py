@@ -58,12 +58,14 @@ class Clock:
         Raises:
             MisconfigurationException: If the Trainer's flags do not determine that moment.
         """
+        if not moment:
+            return 0.0
         if isinstance(moment, float) and math.isinf(self.epochs):
             raise MisconfigurationException(
                 f"Expected argument `{argument}` to be an int (epoch), as training is open-ended, but got {moment!r}."
                 " Set `max_epochs` or `max_steps` in the Trainer, or give an epoch."
             )
-        if isinstance(moment, int) and moment > 0 and not self.sized:
+        if isinstance(moment, int) and not self.sized:
             raise MisconfigurationException(
                 f"Expected argument `{argument}` to be a float (fraction of training) because the length of the data"
                 f" loader is unknown, but got {moment!r}."
@@ -74,5 +76,5 @@ class Clock:
         """Progress over a window, in ``[0, 1]``; before it 0, from its end on 1."""
         if position >= end:
             return 1.0
-        # Rounded, so that 0.7 * 10 epochs end with the 7th epoch and not one step later.
+        # Rounded, so that 0.55 * 100 epochs end with the 55th epoch and not one step later.
         return min(1.0, max(0.0, round((position - start) / (end - start), 12)))

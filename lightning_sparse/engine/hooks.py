@@ -7,16 +7,16 @@ from typing import Any, Self
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sparse.engine.account import Account, batch_size
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
+from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
 from lightning_sparse.engine.steps import StepWatch
 from lightning_sparse.engine.targets import Target, find_targets
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
@@ -82,11 +82,7 @@ class TrainingHooks(pl.Callback):
         """Called when fit, validate, test or predict begins. Checks the Trainer and touches nothing."""
         if stage != TrainerFn.FITTING:
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` cannot train with `{type(trainer.strategy).__name__}`, which shards weights."
-                " Use one device or `strategy='ddp'`."
-            )
+        check_trainer(type(self).__name__, trainer)
         # Behind the others and before the checkpoints, so that whatever they put into the model or into a checkpoint
         # (averaged weights, for one) is made sparse, in whichever order the user lists them.
         others = [callback for callback in _callbacks(trainer) if callback not in (self, self._first)]
@@ -100,28 +96,23 @@ class TrainingHooks(pl.Callback):
         """Called when fit begins and optimizers exist. Checks optimizers and targets."""
         if trainer.ckpt_path is None:  # else the loops have yet to be restored, and there is no sanity check
             trainer.fit_loop.setup_data()  # the sanity check comes before the length of an epoch is known
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, LBFGS):
-                raise MisconfigurationException(
-                    f"`{type(self).__name__}` cannot train with `LBFGS`, which evaluates the model more than once a"
-                    " step. Use an optimizer that evaluates it once, such as SGD or AdamW."
-                )
-        verdicts = self._verdicts(pl_module)
-        mine = {verdict.name for verdict in verdicts if verdict.treated}
-        if not mine:
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` has no trainable target: "
-                + "; ".join(sorted({f"{v.name}: {v.reason}" for v in verdicts})[:8])
-                + ". Choose weights with `targets`."
-            )
+            self._set_clock(trainer)
+        method, verdicts = type(self).__name__, self._verdicts(pl_module)
+        check_optimizers(method, trainer.optimizers)
+        check_weights(method, verdicts)
         for other in _callbacks(trainer):
             if isinstance(other, TrainingHooks) and other is not self:
-                common = mine & {verdict.name for verdict in other._verdicts(pl_module) if verdict.treated}
-                if common:
-                    raise MisconfigurationException(
-                        f"`{type(self).__name__}` and `{type(other).__name__}` both target {sorted(common)[:4]}."
-                        " Give each its own `targets` or `ignore`."
-                    )
+                check_overlap(method, verdicts, type(other).__name__, other._verdicts(pl_module))
+
+    def _set_clock(self, trainer: pl.Trainer) -> None:
+        self._clock = Clock.of(trainer, self._max_epochs)
+        moments = {name: getattr(self, name) for name in ("start", "end", "freeze")}
+        epochs = {name: self._clock.at(moment, name) for name, moment in moments.items() if moment is not None}
+        if list(epochs.values()) != sorted(epochs.values()):
+            found = ", ".join(f"`{name}` on epoch {epoch:g}" for name, epoch in epochs.items())
+            raise MisconfigurationException(f"Expected `start` <= `end` <= `freeze`, but they fall {found}.")
+        # A method that anneals over the whole training raises here if that has no end.
+        self._weights.method.gradient_density(1.0, self._context())
 
     def _verdicts(self, module: pl.LightningModule) -> list[Target]:
         return find_targets(module, **self.patterns)
@@ -141,13 +132,7 @@ class TrainingHooks(pl.Callback):
             return
         self._module = weakref.ref(pl_module)
         trainer.fit_loop.setup_data()  # needed only if a checkpoint held no loops
-        self._clock = Clock.of(trainer, self._max_epochs)
-        start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
-        if end < start or (self.freeze is not None and self._clock.at(self.freeze, "freeze") < end):
-            raise MisconfigurationException(
-                f"Expected `start` <= `end` <= `freeze`, but they fall on epochs {start:g}, {end:g} and"
-                f" {end if self.freeze is None else self._clock.at(self.freeze, 'freeze'):g}."
-            )
+        self._set_clock(trainer)
         self._tick(trainer, 0)
         verdicts = self._verdicts(pl_module)
         self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
@@ -230,10 +215,11 @@ class TrainingHooks(pl.Callback):
         for name in [name for name, density in self._weights.densities.items() if not density]:
             if name not in self._vanished:
                 self._vanished.add(name)
+                latent = self._weights.latents[name]
+                ties = " (a threshold prunes equal magnitudes together)" if "threshold" in latent.state else ""
                 rank_zero_warn(
-                    f"`{type(self).__name__}` has pruned all of `{name}`, {self._weights.latents[name].theta.numel()}"
-                    " weights, equal magnitudes among them together. Leave it dense with `ignore`, or give it a budget"
-                    " with `overrides`."
+                    f"`{type(self).__name__}` has pruned all {latent.theta.numel()} weights of `{name}`{ties}."
+                    " Leave it dense with `ignore`, or give it a budget with `overrides`."
                 )
 
     @override

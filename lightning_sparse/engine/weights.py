@@ -72,17 +72,12 @@ class LatentWeights:
 
         Latents come from a checkpoint, else from an earlier ``fit`` if the model still holds what it left there, else
         from the model's weights.
-
-        Raises:
-            ValueError: If a weight is not finite, or the checkpoint was written by an incompatible version.
         """
         previous, self.latents = ({} if self.frozen else self.latents), {}
         self.frozen = bool(restored and restored["frozen"])
         fresh = []
         for target in targets:
             weight = target.parameter
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"Expected weight `{target.name}` to be finite, but it has NaN or infinite entries.")
             theta = weight.detach().clone() if self.method.keeps_latent else None
             latent = Latent(
                 target.name, target.path, weight, theta, self.method.init_state(weight.detach()), target.sparsity
@@ -183,6 +178,8 @@ class LatentWeights:
         return bool(self._exposed)
 
     def _update(self, latents: list[Latent], context: Context) -> None:
+        # What momentum has moved off the mask does not compete.
+        self._project([latent for latent in latents if latent.dense is None], context)
         due = context.step % self.method.update_every_n_steps == 0
         last = context.progress >= 1.0 and not self._selected_last
         if (due or last) and not self.frozen:

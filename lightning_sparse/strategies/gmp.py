@@ -1,14 +1,9 @@
 """GMP: gradual magnitude pruning, the baseline."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Literal
 
-from torch import Tensor
-
-from lightning_sparse import functional
 from lightning_sparse.engine.callback import SparseTraining
-from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["GMP"]
 
@@ -87,8 +82,3 @@ class GMP(SparseTraining):
             log_layers=log_layers,
             verbose=verbose,
         )
-
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
-        """Choose among the weights that are left: momentum has moved the pruned ones, but they do not come back."""
-        left = [replace(latent, dense=functional.hard_threshold(latent.theta, latent.mask)) for latent in latents]
-        return super().select(left, sparsity, context)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["STR"]
@@ -64,6 +65,7 @@ class STR(SparseTraining):
         log_layers: bool = False,
         verbose: bool = True,
     ) -> None:
+        check_number("threshold_init", threshold_init)
         super().__init__(
             None,
             start=0,

@@ -54,7 +54,7 @@ def test_second_fit_goes_on_from_the_latents(setting, same_trainer):
     check_sparsity(setting, callback, model)
 
 
-@pytest.mark.filterwarnings("ignore:.*has pruned all of:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*has pruned all:UserWarning")
 @every_strategy
 @pytest.mark.parametrize("factor", [0.5, 1 + 1e-6])
 def test_second_fit_starts_from_the_weights_if_the_user_has_changed_them(setting, factor):

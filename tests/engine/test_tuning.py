@@ -38,7 +38,7 @@ def test_training_after_a_learning_rate_finder_is_as_without(setting, swap):
     assert_same(callback.state_dict(), alone.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:.*has pruned all of:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*has pruned all:UserWarning")
 @some_strategies
 @pytest.mark.parametrize("changed", [False, True])
 def test_learning_rate_finder_before_a_second_fit(setting, changed):

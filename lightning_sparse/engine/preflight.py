@@ -1,0 +1,64 @@
+"""What is refused before training starts, with every weight as it was."""
+
+from collections.abc import Iterable, Sequence
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import LBFGS, Optimizer
+
+from lightning_sparse.engine.targets import Target
+
+__all__ = ["check_optimizers", "check_overlap", "check_trainer", "check_weights"]
+
+
+def check_trainer(method: str, trainer: pl.Trainer) -> None:
+    """Refuse a Trainer of the package ``pytorch_lightning``, and strategies that shard weights."""
+    if pl.Trainer not in type(trainer).__mro__:
+        raise MisconfigurationException(
+            "Expected the Trainer to be a `lightning.pytorch.Trainer`, but got a"
+            f" `{type(trainer).__module__}.{type(trainer).__name__}`. Write `import lightning as L`."
+        )
+    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"`{method}` cannot train with `{type(trainer.strategy).__name__}`, which shards weights."
+            " Use one device or `strategy='ddp'`."
+        )
+
+
+def check_optimizers(method: str, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that evaluate the model more than once a step."""
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            f"`{method}` cannot train with `LBFGS`, which evaluates the model more than once a step."
+            " Use an optimizer that evaluates it once, such as SGD or AdamW."
+        )
+
+
+def check_weights(method: str, verdicts: Sequence[Target]) -> None:
+    """Refuse a model without targets, or with weights that do not exist yet or are not finite."""
+    for verdict in verdicts:
+        if verdict.reason == "not initialised":
+            raise MisconfigurationException(
+                f"`{method}` cannot judge `{verdict.name}`, which is not initialised."
+                " Run the model once before `fit`, for example in `configure_model`."
+            )
+        if verdict.treated and not torch.isfinite(verdict.parameter).all():
+            raise ValueError(f"Expected weight `{verdict.name}` to be finite, but it has NaN or infinite entries.")
+    if not any(verdict.treated for verdict in verdicts):
+        raise MisconfigurationException(
+            f"`{method}` has no trainable target: "
+            + "; ".join(sorted({f"{verdict.name}: {verdict.reason}" for verdict in verdicts})[:8])
+            + ". Choose weights with `targets`."
+        )
+
+
+def check_overlap(method: str, verdicts: Sequence[Target], other: str, other_verdicts: Sequence[Target]) -> None:
+    """Refuse two callbacks on the same weights."""
+    mine, theirs = ({v.name for v in some if v.treated} for some in (verdicts, other_verdicts))
+    if mine & theirs:
+        raise MisconfigurationException(
+            f"`{method}` and `{other}` both target {sorted(mine & theirs)[:4]}."
+            " Give each its own `targets` or `ignore`."
+        )
