@@ -41,7 +41,7 @@ SETTINGS = {
     "GMP": {"sparsity": 0.9, "update_every_n_steps": 10},
     "ST3": {"sparsity": 0.9},
     "STR": {"threshold_init": -5.0, "threshold_weight_decay": 0.015},
-    "TopKGradientAnnealing": {"sparsity": 0.9, "distribution": "uniform"},
+    "TopKGradientAnnealing": {"sparsity": 0.9},
 }
 COLORS = ["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]  # Okabe and Ito
 

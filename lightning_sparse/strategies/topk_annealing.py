@@ -27,7 +27,8 @@ class TopKGradientAnnealing(SparseTraining):
         start: When the ramp starts: int = epoch, float = fraction of training.
         end: When it reaches ``sparsity``; by default at once, a fixed budget.
         schedule: Shape of the ramp.
-        distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
+        distribution: ``"uniform"``, the same sparsity in each layer, or ``"global"``, where all weights compete. With a
+            budget in force from the first step, competing by the scale of initialisation can empty a layer.
         alpha: Initial factor for the gradients of pruned weights, in ``[0, 1]``.
         alpha_reset: When :math:`\alpha` becomes 0: int = epoch, float = fraction of training; None for never.
         backward_sparsity: Fraction of each layer's weights that get no gradient at all, in ``[0, 1)``: the smallest
@@ -61,7 +62,7 @@ class TopKGradientAnnealing(SparseTraining):
         start: int | float = 0,
         end: int | float = 0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
-        distribution: Literal["global", "uniform"] = "global",
+        distribution: Literal["global", "uniform"] = "uniform",
         alpha: float = 0.5,
         alpha_reset: int | float | None = 0.9,
         backward_sparsity: float | None = None,

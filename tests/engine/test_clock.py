@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import SparseTraining
+from lightning_sparse import AutoSparse, SparseTraining
 from lightning_sparse.engine.clock import Clock
+from lightning_sparse.schedules import sigmoid_cosine_decay
+from lightning_sparse.strategies.autosparse import annealed_alpha
 from tests.helpers.models import Classifier, Loader, Stream, make_net, make_trainer
 
 
@@ -60,13 +63,15 @@ def record(loader, end, **flags):
     return callback.progress
 
 
-@pytest.mark.parametrize("sized", [True, False])
+BY_STEPS = [(7, -1, 1), (5, -1, 2), (4, -1, 3), (3, 2, 1)]  # max_steps, max_epochs, accumulate_grad_batches
+BY_EPOCHS = [(-1, 3, 1), (-1, 3, 2)]
+
+
 @pytest.mark.parametrize(
-    ("max_steps", "max_epochs", "accumulate"), [(7, -1, 1), (5, -1, 2), (4, -1, 3), (3, 2, 1), (-1, 3, 1), (-1, 3, 2)]
+    ("sized", "max_steps", "max_epochs", "accumulate"),
+    [*((True, *flags) for flags in BY_STEPS + BY_EPOCHS), *((False, *flags) for flags in BY_STEPS)],
 )
 def test_the_ramp_ends_with_the_last_step(sized, max_steps, max_epochs, accumulate):
-    if not sized and max_steps < 0:
-        pytest.skip("nobody knows which batch is the last")
     loader = Loader() if sized else torch.utils.data.DataLoader(Stream(), None)
     flags = {"max_steps": max_steps, "max_epochs": max_epochs, "accumulate_grad_batches": accumulate}
     progress = record(loader, 1.0, **flags)
@@ -93,10 +98,22 @@ def test_int_is_an_epoch_and_float_a_fraction_of_training(end):
 @pytest.mark.parametrize(
     ("flags", "arguments", "message"),
     [
-        ({"max_epochs": -1}, {"end": 0.5}, r"Expected argument `end` to be an int \(epoch\), as training is open-ended"),
-        ({"max_epochs": -1, "max_steps": 5, "sized": False}, {"start": 1, "end": 2}, "`start` to be a float .* unknown"),
-        ({"max_epochs": 4}, {"start": 3, "end": 0.5}, "Expected `start` <= `end` <= `freeze`, but they fall on epochs 3, 2"),
-        ({"max_epochs": 4}, {"end": 0.5, "freeze": 1}, "<= `freeze`, but they fall on epochs 0, 2 and 1"),
+        (
+            {"max_epochs": -1},
+            {"end": 0.5},
+            r"Expected argument `end` to be an int \(epoch\), as training is open-ended",
+        ),
+        (
+            {"max_epochs": -1, "max_steps": 5, "sized": False},
+            {"start": 1, "end": 2},
+            "`start` to be a float .* unknown",
+        ),
+        (
+            {"max_epochs": 4},
+            {"start": 3, "end": 0.5},
+            "Expected `start` <= `end` <= `freeze`, but they fall `start` on epoch 3, `end` on epoch 2",
+        ),
+        ({"max_epochs": 4}, {"end": 0.5, "freeze": 1}, "`end` on epoch 2, `freeze` on epoch 1"),
     ],
 )
 def test_moments_that_the_trainer_does_not_determine(flags, arguments, message):
@@ -110,3 +127,18 @@ def test_progress_is_rounded_so_that_a_fraction_ends_with_its_epoch():
     assert clock.position(54, 7, 0) < end  # 55.00000000000001
     assert clock.progress(clock.position(54, 7, 0), 0.0, end) == 1.0
     assert clock.progress(clock.position(54, 6, 0), 0.0, end) < 1.0
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_alpha_is_annealed_over_steps_where_epochs_cannot_be_told(sized):
+    callback, alphas = AutoSparse(threshold_init=-3.0, alpha_reset=None, verbose=False), []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, *args):
+            context = callback._context()
+            alphas.append(annealed_alpha(1.0, None, context))
+
+    loader = Loader() if sized else torch.utils.data.DataLoader(Stream(), None)
+    make_trainer(callback, Look(), max_steps=8, max_epochs=-1).fit(Classifier(), loader, Loader())
+    points = [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5] if sized else [(i + 1) / 8 for i in range(8)]
+    assert alphas == pytest.approx([sigmoid_cosine_decay(point) for point in points])

@@ -1,5 +1,7 @@
 """Law 1: without sparsity and with the plain gradient, training is bit-identical to training without the callback."""
 
+import functools
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -17,7 +19,9 @@ from tests.helpers.models import (
     make_dataset,
     make_trainer,
 )
-from tests.helpers.strategies import SETTINGS, every_strategy, some_strategies
+from tests.helpers.strategies import SETTINGS, every_strategy, parametrize, some_strategies
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pruned nothing:UserWarning")
 
 
 class Recorder(Callback):
@@ -38,7 +42,7 @@ def run(callbacks, optimizer="sgd", **flags):
     """Train with shuffling, dropout, batch norm, sanity check and validation, all drawing from the global generator."""
     dataset, recorder = make_dataset(), Recorder()
     train = torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=True)
-    val = torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=False)
+    val = torch.utils.data.DataLoader(dataset, 2 * BATCH_SIZE)
     model = Classifier(optimizer=optimizer)
     torch.manual_seed(1)
     trainer = make_trainer(*callbacks, recorder, **flags)
@@ -59,7 +63,6 @@ def test_every_exported_strategy_has_a_setting():
     assert methods == {setting.method for setting in SETTINGS.values()}
 
 
-@pytest.mark.filterwarnings("ignore:.*pruned nothing:UserWarning")
 @every_strategy
 def test_zero_sparsity_is_dense_training(setting):
     assert_same_run(run([setting.build_dense()]), run([]))
@@ -70,15 +73,13 @@ def test_the_settings_differ_from_dense_training(setting):
     assert_different(run([setting.build()])[0], run([])[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*pruned nothing:UserWarning")
-@some_strategies
+@parametrize("ST3", "GMP")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_zero_sparsity_with_every_optimizer(setting, optimizer):
     assert_same_run(run([setting.build_dense()], optimizer), run([], optimizer))
 
 
-@pytest.mark.filterwarnings("ignore:.*pruned nothing:UserWarning")
-@some_strategies
+@parametrize("AutoSparse", "TopKGradientAnnealing")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -94,15 +95,14 @@ def test_zero_sparsity_with_every_optimizer(setting, optimizer):
         {"reload_dataloaders_every_n_epochs": 1},
         {"fast_dev_run": True},
     ],
-    ids=lambda flags: "-".join(flags),
+    ids="-".join,
 )
 def test_zero_sparsity_under_the_flags_of_the_trainer(setting, flags):
     assert_same_run(run([setting.build_dense()], **flags), run([], **flags))
 
 
-@pytest.mark.filterwarnings("ignore:.*pruned nothing:UserWarning")
 @some_strategies
-@pytest.mark.parametrize("make_model", [ManualClassifier, Gan, lambda: Gan(together=True)], ids=["manual", "gan", "gan2"])
+@pytest.mark.parametrize("make_model", [ManualClassifier, Gan, functools.partial(Gan, together=True)])
 def test_zero_sparsity_in_manual_optimization(setting, make_model):
     sparse, plain = make_model(), make_model()
     trainer, plain_trainer = fit(sparse, setting.build_dense()), fit(plain)

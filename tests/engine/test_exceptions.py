@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from tests.helpers.assertions import assert_same, assert_sparse, describe
 from tests.helpers.models import Classifier, fit, make_trainer, run
 from tests.helpers.probes import LateProbe, Probe, ProbedSGD
-from tests.helpers.strategies import every_strategy, parametrize, some_strategies
+from tests.helpers.strategies import every_strategy, parametrize
 
 STEP = 7  # the third batch of the second epoch of four batches
 
@@ -114,21 +114,9 @@ PLACES = {
 }
 
 
-@every_strategy
-@pytest.mark.parametrize(("place", "error"), [("before", KeyboardInterrupt), ("after", RuntimeError)])
-def test_an_interrupted_step_leaves_sparse_weights_and_a_checkpoint_to_resume_from(setting, place, error):
-    check_interruption(setting, place, error)
-
-
-@some_strategies
-@pytest.mark.parametrize("place", PLACES.keys() - {"before", "after"})
-def test_an_exception_elsewhere_leaves_sparse_weights_and_a_checkpoint_to_resume_from(setting, place):
-    check_interruption(setting, place, RuntimeError)
-
-
 def check_interruption(setting, place, error):
+    """The latents are those after the last whole step, in memory and in the checkpoint, and training goes on."""
     model, callback, latents = interrupt(setting, place, error("boom"))
-
     undisturbed = setting.build()
     whole = Latents(undisturbed)
     fit(Fragile(), whole, undisturbed)
@@ -141,6 +129,24 @@ def check_interruption(setting, place, error):
     assert_sparse(resumed_model, resumed)
     if setting.sparsity is not None:
         assert resumed.sparsity == pytest.approx(setting.sparsity, abs=0.01)
+    return model, callback, latents
+
+
+@every_strategy
+@pytest.mark.parametrize(("place", "error"), [("before", KeyboardInterrupt), ("after", RuntimeError)])
+def test_an_interrupted_step_leaves_sparse_weights_and_a_checkpoint_to_resume_from(setting, place, error):
+    model, callback, latents = check_interruption(setting, place, error)
+    # The same objects train on, too.
+    taken, again = latents.take(), Latents(callback)
+    model.place = None
+    fit(model, again, callback)
+    assert_same(again.rows[0], taken)
+
+
+@parametrize("ST3", "GMP")
+@pytest.mark.parametrize("place", sorted(PLACES.keys() - {"before", "after"}))
+def test_an_exception_elsewhere_leaves_sparse_weights_and_a_checkpoint_to_resume_from(setting, place):
+    check_interruption(setting, place, RuntimeError)
 
 
 class Interrupter(Callback):

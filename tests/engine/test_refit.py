@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from tests.helpers.assertions import assert_different, assert_same, assert_sparse, describe
-from tests.helpers.models import Classifier, Gan, Loader, fit, make_net, make_trainer, run, snapshot
-from tests.helpers.strategies import every_strategy, parametrize, some_strategies
+from tests.helpers.assertions import assert_same, assert_sparse, describe
+from tests.helpers.models import Classifier, Gan, Loader, fit, make_net, run, snapshot
+from tests.helpers.strategies import SETTINGS, every_strategy, parametrize, some_strategies
 
 
 class Start(Callback):
@@ -35,8 +35,8 @@ def check_sparsity(setting, callback, model):
         assert callback.sparsity == pytest.approx(setting.sparsity, abs=0.01)
 
 
-@every_strategy
 @pytest.mark.parametrize("same_trainer", [True, False])
+@every_strategy
 def test_second_fit_goes_on_from_the_latents(setting, same_trainer):
     model, callback = Classifier(), setting.build()
     trainer = fit(model, callback)
@@ -55,7 +55,7 @@ def test_second_fit_goes_on_from_the_latents(setting, same_trainer):
 
 
 @pytest.mark.filterwarnings("ignore:.*has pruned all:UserWarning")
-@every_strategy
+@some_strategies
 @pytest.mark.parametrize("factor", [0.5, 1 + 1e-6])
 def test_second_fit_starts_from_the_weights_if_the_user_has_changed_them(setting, factor):
     model, callback = Classifier(), setting.build()
@@ -90,7 +90,7 @@ def test_second_fit_in_another_precision(setting, precisions):
         assert {callback.latent(name).dtype for name in callback.targets} == {model.net[0].weight.dtype}
 
 
-@every_strategy
+@some_strategies
 def test_a_test_between_two_fits_changes_nothing(setting):
     models, callbacks = [Classifier(), Classifier()], [setting.build(), setting.build()]
     for model, callback, test in zip(models, callbacks, [True, False], strict=True):
@@ -106,7 +106,7 @@ def test_a_test_between_two_fits_changes_nothing(setting):
     assert_same(callbacks[0].state_dict(), callbacks[1].state_dict())
 
 
-@every_strategy
+@some_strategies
 def test_a_test_of_a_checkpoint_does_not_leak_into_the_next_fit(setting):
     callback, saver = setting.build(), ModelCheckpoint(".", "end")
     trainer = fit(Classifier(), callback, saver)
@@ -117,7 +117,7 @@ def test_a_test_of_a_checkpoint_does_not_leak_into_the_next_fit(setting):
     assert_same(snapshot(other), snapshot(fresh))
 
 
-@every_strategy
+@some_strategies
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_copies_of_the_callback_train_alike(setting, duplicate):
     callback, models = setting.build(), [Classifier() for _ in range(4)]
@@ -135,11 +135,9 @@ def test_copies_of_the_callback_train_alike(setting, duplicate):
     assert_same(snapshot(models[2]), snapshot(models[0]))
 
 
-def test_a_model_can_be_copied_and_pickled_after_training(tmp_path):
-    from lightning_sparse import ST3
-
+def test_a_model_can_be_copied_and_pickled_after_training():
     model = Classifier()
-    fit(model, ST3(0.5, verbose=False))
+    fit(model, SETTINGS["ST3"].build())
     assert_same(snapshot(copy.deepcopy(model)), snapshot(model))
     torch.save(model.net, "net.pt")
     assert_same(snapshot(torch.load("net.pt", weights_only=False)), snapshot(model.net))
@@ -152,9 +150,10 @@ def count_tensors():
 
 
 @pytest.mark.filterwarnings("ignore:Training ended at sparsity:UserWarning")
-@parametrize("ST3", "AutoSparse", "GMP")
+@every_strategy
 def test_memory_is_constant_over_fits(setting):
     model, callback, counts = Classifier(), setting.build(), []
+    gc.freeze()  # what other tests have left
     for _ in range(3):
         trainer = fit(model, callback, max_epochs=1, limit_val_batches=0)
         dead = [weakref.ref(trainer), weakref.ref(trainer.optimizers[0])]
@@ -163,4 +162,5 @@ def test_memory_is_constant_over_fits(setting):
         model.zero_grad()
         counts.append(count_tensors())
         assert [ref() for ref in dead] == [None, None]
+    gc.unfreeze()
     assert counts[1] == counts[2]

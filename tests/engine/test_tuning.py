@@ -9,7 +9,7 @@ from lightning.pytorch.tuner import Tuner
 from tests.helpers.assertions import assert_same, assert_sparse
 from tests.helpers.models import Classifier, Loader, make_dataset, make_net, make_trainer, snapshot
 from tests.helpers.probes import Probe
-from tests.helpers.strategies import some_strategies
+from tests.helpers.strategies import parametrize
 
 FINDER = {"num_training_steps": 6, "early_stop_threshold": None}
 
@@ -24,7 +24,7 @@ def fit(model, *callbacks):
     return trainer
 
 
-@some_strategies
+@parametrize("AutoSparse", "GMP")
 @pytest.mark.parametrize("swap", [False, True])
 def test_training_after_a_learning_rate_finder_is_as_without(setting, swap):
     plain, alone = make_model(), setting.build()
@@ -39,7 +39,7 @@ def test_training_after_a_learning_rate_finder_is_as_without(setting, swap):
 
 
 @pytest.mark.filterwarnings("ignore:.*has pruned all:UserWarning")
-@some_strategies
+@parametrize("AutoSparse", "GMP")
 @pytest.mark.parametrize("changed", [False, True])
 def test_learning_rate_finder_before_a_second_fit(setting, changed):
     runs = []
@@ -54,7 +54,7 @@ def test_learning_rate_finder_before_a_second_fit(setting, changed):
     assert_same(runs[1], runs[0])
 
 
-@some_strategies
+@parametrize("AutoSparse", "GMP")
 def test_the_rate_that_was_found_is_used(setting):
     model, callback = make_model(), setting.build()
     trainer = make_trainer(callback, max_epochs=6)
@@ -77,7 +77,7 @@ class Data(LightningDataModule):
     val_dataloader = train_dataloader
 
 
-@some_strategies
+@parametrize("AutoSparse", "GMP")
 @pytest.mark.parametrize("as_callback", [True, False])
 def test_batch_size_finder(setting, as_callback):
     model, callback, data = make_model(), setting.build(), Data()

@@ -230,7 +230,7 @@ def make_trainer(*callbacks: Callback, **flags: Any) -> L.Trainer:
 def run(trainer: L.Trainer, model: L.LightningModule, ckpt_path: str | None = None) -> None:
     """Train from the same seed on the same batches."""
     torch.manual_seed(1)
-    trainer.fit(model, ResumableLoader(), Loader(seed=1), ckpt_path=ckpt_path)
+    trainer.fit(model, ResumableLoader(), Loader(seed=1, batches=1), ckpt_path=ckpt_path)
 
 
 def fit(model: L.LightningModule, *callbacks: Callback, ckpt_path: str | None = None, **flags: Any) -> L.Trainer:

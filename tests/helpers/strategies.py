@@ -57,7 +57,6 @@ SETTINGS = {
 }
 
 
-
 def parametrize(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("setting", [SETTINGS[name] for name in names], ids=names)
 

@@ -11,7 +11,7 @@ from tests.helpers.side_by_side import HOSTS, STANDING_STILL, WEIGHTS, Net, make
 HARD = {
     "GMP": lambda sparsity: GMP(sparsity, start=0, end=1, distribution="global", verbose=False),
     "SparseTraining": lambda sparsity: SparseTraining(sparsity, start=0, end=1, verbose=False),
-    "TopKGradientAnnealing": lambda sparsity: TopKGradientAnnealing(sparsity, verbose=False),
+    "TopKGradientAnnealing": lambda sparsity: TopKGradientAnnealing(sparsity, distribution="global", verbose=False),
 }
 
 

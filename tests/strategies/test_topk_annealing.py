@@ -21,21 +21,27 @@ def twin(pools=ALL, *, alpha=0.6, reset=9, epochs=EPOCHS, **settings):
 @pytest.mark.parametrize("host", HOSTS)
 def test_training_equals_autograd(host, dtype):
     assert_equal_training(
-        TopKGradientAnnealing(0.7, alpha=0.6, alpha_reset=9, verbose=False), twin(), host=host, dtype=dtype
+        TopKGradientAnnealing(0.7, distribution="global", alpha=0.6, alpha_reset=9, verbose=False),
+        twin(),
+        host=host,
+        dtype=dtype,
     )
 
 
 @pytest.mark.parametrize(("alpha_reset", "epoch"), [(4, 4), (0.75, 9), (0.0, 0), (None, None)])
 def test_the_moment_at_which_alpha_becomes_zero(alpha_reset, epoch):
     assert_equal_training(
-        TopKGradientAnnealing(0.7, alpha=0.6, alpha_reset=alpha_reset, verbose=False), twin(reset=epoch)
+        TopKGradientAnnealing(0.7, distribution="global", alpha=0.6, alpha_reset=alpha_reset, verbose=False),
+        twin(reset=epoch),
     )
 
 
 @pytest.mark.parametrize("backward_sparsity", [0.3, 0.5, 0.9])
 def test_backward_sparsity(backward_sparsity):
     assert_equal_training(
-        TopKGradientAnnealing(0.7, alpha=0.6, alpha_reset=9, backward_sparsity=backward_sparsity, verbose=False),
+        TopKGradientAnnealing(
+            0.7, distribution="global", alpha=0.6, alpha_reset=9, backward_sparsity=backward_sparsity, verbose=False
+        ),
         twin(backward_sparsity=backward_sparsity),
     )
 
@@ -51,6 +57,7 @@ def test_own_budgets_and_masks_of_every_fifth_step():
     assert_equal_training(
         TopKGradientAnnealing(
             0.7,
+            distribution="global",
             alpha=0.6,
             alpha_reset=9,
             update_every_n_steps=5,
