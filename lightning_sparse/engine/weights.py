@@ -172,11 +172,6 @@ class LatentWeights:
         self._project(self.latents.values() if everything or self._stale else interrupted, context)
         self._stale = False
 
-    @property
-    def exposing(self) -> bool:
-        """Whether any parameter holds its latent at present."""
-        return bool(self._exposed)
-
     def _update(self, latents: list[Latent], context: Context) -> None:
         # What momentum has moved off the mask does not compete.
         self._project([latent for latent in latents if latent.dense is None], context)
@@ -217,12 +212,12 @@ class LatentWeights:
         """Bake w into the latents and keep the mask: from now on only the kept weights train."""
         self._select(self.latents.values(), context)
         self._project(self.latents.values(), context)
+        self.frozen = True  # first: an interrupt may leave some of the latents as they are
+        self._learner = Learner(())
+        self._nonzeros.clear()
         for latent in self.latents.values():
             mask = latent.mask
             latent.state, latent.dense = {"mask": mask}, None
-        self._learner = Learner(())
-        self._nonzeros.clear()
-        self.frozen = True
 
     @torch.no_grad()
     def enforce(self, tensors: dict[str, Tensor] | None = None) -> None:

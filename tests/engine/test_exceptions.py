@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 
+from lightning_sparse import STR
 from tests.helpers.assertions import assert_same, assert_sparse, describe
 from tests.helpers.models import Classifier, fit, make_trainer, run
 from tests.helpers.probes import LateProbe, Probe, ProbedSGD
@@ -149,6 +150,42 @@ def test_an_exception_elsewhere_leaves_sparse_weights_and_a_checkpoint_to_resume
     check_interruption(setting, place, RuntimeError)
 
 
+class Catching(Fragile):
+    """Has a branch that is used in the second batch only; there the step fails, and the model goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.sometimes, self.automatic_optimization = torch.nn.Linear(36, 3), False
+
+    def training_step(self, batch, batch_idx):
+        loss, optimizer = self.compute_loss(batch), self.optimizers()
+        if batch_idx == 1:
+            loss = loss + self.sometimes(batch[0].flatten(1)).square().mean()
+        optimizer.optimizer.fail = ("before", RuntimeError("boom")) if batch_idx == 1 else None
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        with contextlib.suppress(RuntimeError):
+            optimizer.step()
+
+
+@every_strategy
+def test_a_failed_step_that_the_user_catches_leaves_no_trace(setting):
+    model, callback, thresholds = Catching(), setting.build(), []
+    latents = Latents(callback)
+
+    class Thresholds(Callback):
+        def on_train_batch_end(self, *args):
+            thresholds.append([callback.threshold(name) for name in ("net.0.weight", "sometimes.weight")])
+
+    fit(model, Probe(callback), latents, Thresholds(), callback)
+    assert_same(latents.rows[2], latents.rows[1])
+    assert callback.state_dict()["steps"] == {0: 9}
+    if isinstance(callback, STR):
+        ours, theirs = zip(*thresholds, strict=True)
+        assert len(set(ours)) == 9
+        assert len(set(theirs)) == 1
+
+
 class Interrupter(Callback):
     """Ctrl+C before the n-th line that ``LatentWeights`` executes from the start of the batch to its end."""
 
@@ -171,11 +208,14 @@ class Interrupter(Callback):
         sys.settrace(None)
 
 
+AT_ONCE = {"start": 0, "end": 0}
+
+
 def one_step(setting, *callbacks):
     """Take the one step of a training; return the model, the callback and the latents before and after."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
-    model, callback = Classifier(net), setting.build(**({} if setting.sparsity is None else {"end": 0.0}))
+    model, callback = Classifier(net), setting.build(**AT_ONCE if setting.sparsity else {})
     latents = Latents(callback)
     trainer = make_trainer(*callbacks, latents, callback, max_steps=1, limit_val_batches=0)
     with contextlib.suppress(SystemExit):
@@ -189,7 +229,7 @@ def test_an_interrupt_at_any_line_loses_no_latent(setting):
 
 
 @pytest.mark.slow
-@parametrize("TopKGradientAnnealing", "AutoSparse", "GMP")
+@parametrize("ST3-freeze", "TopKGradientAnnealing", "AutoSparse", "GMP")
 def test_an_interrupt_at_any_line_loses_no_latent_of_other_methods(setting):
     check_interrupts(setting)
 
@@ -202,6 +242,6 @@ def check_interrupts(setting):
         assert_sparse(model, callback)
         if interrupter.lines_left >= 0:  # the whole step takes fewer lines
             break
-        if callback.keeps_latent:
+        if callback.keeps_latent and not callback.freeze:
             assert all(rows[-1][name].equal(before[name]) or rows[-1][name].equal(after[name]) for name in before)
     assert 30 < line < 999

@@ -20,7 +20,7 @@ from tests.helpers.models import (
     make_trainer,
     snapshot,
 )
-from tests.helpers.probes import LateProbe, Probe
+from tests.helpers.probes import LateProbe, Probe, ProbedSGD
 from tests.helpers.strategies import every_strategy, parametrize, some_strategies
 
 
@@ -90,8 +90,8 @@ def test_laws_hold_in_every_precision(setting, precision):
         assert callback.sparsity == pytest.approx(setting.sparsity, abs=0.03 if "bf16-true" in precision else 0.01)
 
 
-def make_scaling(scale):
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3))
+def make_scaling(scale, **kwargs):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3, **kwargs))
 
 
 class Steps(Callback):
@@ -126,6 +126,42 @@ def test_zero_sparsity_under_a_gradient_scaler(setting):
     fit(plain, plugins=[make_scaling(2.0**18)])
     fit(sparse, setting.build_dense(), plugins=[make_scaling(2.0**18)])
     assert_same(snapshot(sparse), snapshot(plain))
+
+
+class Retrying(Classifier):
+    """Takes two steps a batch, the first of which a gradient scaler skips in the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.manual_backward(self.compute_loss(batch))
+            self.optimizers().step()
+
+    def configure_optimizers(self):
+        return ProbedSGD(self.parameters(), lr=0.1)
+
+
+def test_a_step_right_after_a_skipped_one_sees_latents_and_their_gradients():
+    model, callback = Retrying(), SparseTraining(0.7, end=0.0, gradient="masked", verbose=False)
+    seen = []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            optimizer.look = look
+
+    def look():
+        for name in callback.targets:
+            parameter = model.get_parameter(name)
+            assert torch.equal(parameter, callback.latent(name))
+            assert not parameter.grad[~callback.mask(name)].any()
+        seen.append(model.global_step)
+
+    fit(model, Watch(), callback, plugins=[make_scaling(2.0**60, backoff_factor=2.0**-50)])
+    assert seen == list(range(1, 24))
 
 
 class Unused(Classifier):

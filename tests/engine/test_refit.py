@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from tests.helpers.assertions import assert_same, assert_sparse, describe
 from tests.helpers.models import Classifier, Gan, Loader, fit, make_net, run, snapshot
-from tests.helpers.strategies import SETTINGS, every_strategy, parametrize, some_strategies
+from tests.helpers.strategies import SETTINGS, every_strategy, some_strategies
 
 
 class Start(Callback):

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from tests.helpers.assertions import count_sparsity
-from tests.helpers.models import Classifier, Gan, fit
+from tests.helpers.models import Classifier, Gan, Saver, fit
 from tests.helpers.strategies import SETTINGS, every_strategy
 
 
@@ -99,6 +99,30 @@ def test_budget_is_met_to_the_weight(setting):
     assert zeros == pytest.approx(sum(setting.sparsity * size for size in pools), abs=len(pools))
     assert callback.metrics()["sparsity/target"] == pytest.approx(setting.sparsity)
     assert callback.target_reached
+
+
+@pytest.mark.filterwarnings("ignore:Training ended at sparsity:UserWarning")
+def test_a_resumed_run_of_other_sparsity_is_counted_anew():
+    fit(Classifier(), SETTINGS["GMP"].build(sparsity=0.5), Saver())
+    callback, seen = SETTINGS["GMP"].build(sparsity=0.9), []
+    fit(Classifier(), callback)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(float(trainer.callback_metrics["sparsity"]))
+
+    model = Classifier()
+    fit(model, callback, Look(), ckpt_path="epoch=2.ckpt", max_epochs=4, log_every_n_steps=1)
+    assert seen == pytest.approx([count_sparsity(model, callback.targets)] * 4)
+    assert seen[0] == pytest.approx(0.5, abs=0.01)
+
+
+@every_strategy
+def test_the_report_follows_the_model_after_training(setting):
+    model, callback = Classifier(), setting.build()
+    fit(model, callback)
+    model.net[6].weight = torch.nn.Parameter(torch.ones_like(model.net[6].weight))
+    assert callback.sparsity == count_sparsity(model, callback.targets)
 
 
 def test_thresholds_are_logged_on_request():

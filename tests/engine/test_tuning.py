@@ -9,7 +9,7 @@ from lightning.pytorch.tuner import Tuner
 from tests.helpers.assertions import assert_same, assert_sparse
 from tests.helpers.models import Classifier, Loader, make_dataset, make_net, make_trainer, snapshot
 from tests.helpers.probes import Probe
-from tests.helpers.strategies import parametrize
+from tests.helpers.strategies import SETTINGS, parametrize
 
 FINDER = {"num_training_steps": 6, "early_stop_threshold": None}
 
@@ -77,17 +77,16 @@ class Data(LightningDataModule):
     val_dataloader = train_dataloader
 
 
-@parametrize("AutoSparse", "GMP")
-@pytest.mark.parametrize("as_callback", [True, False])
-def test_batch_size_finder(setting, as_callback):
-    model, callback, data = make_model(), setting.build(), Data()
+@pytest.mark.parametrize(("name", "as_callback"), [("AutoSparse", True), ("GMP", False)])
+def test_training_after_a_batch_size_finder_is_as_with_that_size(name, as_callback):
+    model, callback, data = make_model(), SETTINGS[name].build(), Data()
     steps = {"steps_per_trial": 2, "max_trials": 2}
     trainer = make_trainer(callback, *([BatchSizeFinder(**steps)] if as_callback else []))
     if not as_callback:
         Tuner(trainer).scale_batch_size(model, datamodule=data, **steps)
     trainer.fit(model, data)
     assert data.batch_size > 2
-    plain, alone, same = make_model(), setting.build(), Data()
+    plain, alone, same = make_model(), SETTINGS[name].build(), Data()
     same.batch_size = data.batch_size
     make_trainer(alone).fit(plain, same)
     assert_same(snapshot(model), snapshot(plain))

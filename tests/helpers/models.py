@@ -137,7 +137,7 @@ class Classifier(Repeatable):
     test_step = validation_step
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameters(), **{"lr": self.lr})
+        optimizer = self.make_optimizer(self.parameters(), lr=self.lr)
         if not self.schedule:
             return optimizer
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.8), "interval": "step"}]
