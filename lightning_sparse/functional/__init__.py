@@ -2,19 +2,19 @@
 
 from lightning_sparse.functional.gradients import anneal_gradient, backward_set, mask_gradient
 from lightning_sparse.functional.measures import count_zeros, sparsity
-from lightning_sparse.functional.projections import hard_threshold, rescale_channels, soft_threshold
+from lightning_sparse.functional.projections import channel_scale, hard_threshold, soft_threshold
 from lightning_sparse.functional.selection import kth_largest, magnitude_quantile, order_statistics, topk_masks
 
 __all__ = [
     "anneal_gradient",
     "backward_set",
+    "channel_scale",
     "count_zeros",
     "hard_threshold",
     "kth_largest",
     "magnitude_quantile",
     "mask_gradient",
     "order_statistics",
-    "rescale_channels",
     "soft_threshold",
     "sparsity",
     "topk_masks",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["hard_threshold", "rescale_channels", "soft_threshold"]
+__all__ = ["channel_scale", "hard_threshold", "soft_threshold"]
 
 
 def hard_threshold(theta: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -55,25 +55,24 @@ def soft_threshold(theta: Tensor, threshold: Tensor | float, *, out: Tensor | No
     return torch.sub(theta, clamped, out=out)
 
 
-def rescale_channels(weight: Tensor, theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
-    r"""Give every output channel back the magnitude that its pruned weights took away.
+def channel_scale(theta: Tensor, threshold: Tensor | float, *, scratch: Tensor | None = None) -> Tensor:
+    r"""The factor that gives every output channel back the magnitude that its pruned weights took away.
 
     .. math::
         r_o = \frac{\operatorname{mean}_{i \in o}(|\theta_i|\, m_i) + 10^{-6}}
                    {\operatorname{mean}_{i \in o}|\theta_i| + 10^{-6}},
-        \qquad w_o \leftarrow \frac{1.01}{r_o + 0.01}\, w_o,
+        \qquad c_o = \frac{1.01}{r_o + 0.01},
         \qquad m_i = [\,|\theta_i| > \tau\,]
 
     The means run over all dimensions but the first, over the raw magnitudes of the latent weights.
 
     Args:
-        weight: Thresholded weights, shape ``(out, *)``.
-        theta: Dense latent weights, same shape.
+        theta: Dense latent weights, shape ``(out, *)``.
         threshold: Number or scalar tensor :math:`\tau`.
-        out: Where to write the result; may be ``weight``.
+        scratch: Tensor like ``theta`` that may be overwritten, to save an allocation.
 
     Returns:
-        Tensor like ``weight``.
+        :math:`c`, shape ``(out, 1, ...)``, one where nothing is pruned.
 
     References:
         Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you need for
@@ -81,13 +80,14 @@ def rescale_channels(weight: Tensor, theta: Tensor, threshold: Tensor | float, *
 
     Example:
         >>> theta = torch.tensor([[3.0, 1.0], [2.0, 2.0]])
-        >>> rescale_channels(soft_threshold(theta, 1.0), theta, 1.0)
-        tensor([[2.6579, 0.0000],
-                [1.0000, 1.0000]])
+        >>> channel_scale(theta, 1.0)
+        tensor([[1.3289],
+                [1.0000]])
     """
     dims = tuple(range(1, max(2, theta.ndim)))
-    magnitude = theta.abs() if theta.ndim > 1 else theta.abs().unsqueeze(1)  # a vector has one element per channel
+    magnitude = torch.abs(theta, out=scratch)
+    magnitude = magnitude if theta.ndim > 1 else magnitude.unsqueeze(1)  # a vector has one element per channel
     dense = magnitude.mean(dims, keepdim=True)
     kept = torch.threshold_(magnitude, float(threshold), 0.0).mean(dims, keepdim=True)
     scale = 1.01 / ((kept + 1e-6) / (dense + 1e-6) + 0.01)
-    return torch.mul(weight, scale.view(-1, *[1] * (weight.ndim - 1)), out=out)
+    return scale.view(-1, *[1] * (theta.ndim - 1))

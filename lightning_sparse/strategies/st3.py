@@ -21,7 +21,7 @@ class ST3(SparseTraining):
 
     :math:`\tau` is the quantile of :math:`|\theta|` over all targets at the sparsity wanted now, taken anew after every
     step, and :math:`c_o` gives every output channel the magnitude back that its pruned weights took away
-    (:func:`~lightning_sparse.functional.rescale_channels`).
+    (:func:`~lightning_sparse.functional.channel_scale`).
 
     Args:
         sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``.
@@ -92,9 +92,11 @@ class ST3(SparseTraining):
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Soft-threshold, then rescale the output channels."""
+        threshold = latent.state.get("threshold") if self.rescale else None
+        scale = None if threshold is None else functional.channel_scale(latent.theta, threshold, scratch=out)
         super().project(latent, context, out)
-        if self.rescale and "threshold" in latent.state:
-            functional.rescale_channels(out, latent.theta, latent.state["threshold"], out=out)
+        if scale is not None:
+            out.mul_(scale)
 
 
 class ST3Sigma(ST3):

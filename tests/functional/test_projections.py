@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from lightning_sparse.functional import hard_threshold, rescale_channels, soft_threshold
+from lightning_sparse.functional import channel_scale, hard_threshold, soft_threshold
 from tests.reference import functional as reference
 
 INF, NAN = float("inf"), float("nan")
@@ -88,7 +88,7 @@ def test_rescale_is_its_equation(shape, tau):
     theta = weights(shape, torch.float64)
     sparse = soft_threshold(theta, tau)
     torch.testing.assert_close(
-        rescale_channels(sparse, theta, tau), reference.rescale_channels(sparse, theta, tau), rtol=1e-12, atol=0
+        sparse * channel_scale(theta, tau), reference.rescale_channels(sparse, theta, tau), rtol=1e-12, atol=0
     )
 
 
@@ -96,20 +96,20 @@ def test_rescale_by_hand():
     # First channel: kept 3 of 4, r = (1.5 + 1e-6) / (2 + 1e-6), c = 1.01 / (r + 0.01) = 1.3289.
     # Second channel: nothing is pruned, c = 1. Third: all is pruned, and stays so.
     theta = torch.tensor([[3.0, -1.0], [2.0, -2.0], [1.0, 0.5]])
-    found = rescale_channels(soft_threshold(theta, 1.0), theta, 1.0)
+    found = soft_threshold(theta, 1.0) * channel_scale(theta, 1.0)
     torch.testing.assert_close(found, torch.tensor([[2.6578932, 0.0], [1.0, -1.0], [0.0, 0.0]]))
 
 
 def test_rescale_of_what_is_dense_changes_nothing():
     theta = weights((4, 3))
-    assert torch.equal(rescale_channels(theta, theta, 0.0), theta)
+    assert torch.equal(channel_scale(theta, 0.0), torch.ones(4, 1))
 
 
 def test_rescale_creates_no_zero_and_removes_none():
     theta = torch.cat([weights((8, 50)), torch.zeros(1, 50), torch.full((1, 50), 1e-45)])
     for tau in (0.0, 0.5, 2.0):
         sparse = soft_threshold(theta, tau)
-        assert torch.equal(rescale_channels(sparse, theta, tau) != 0, sparse != 0)
+        assert torch.equal(sparse * channel_scale(theta, tau) != 0, sparse != 0)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -121,7 +121,6 @@ def test_memory_formats_and_out(memory_format):
     projections = {
         hard_threshold: lambda t, m: (t, m),
         soft_threshold: lambda t, m: (t, 0.5),
-        rescale_channels: lambda t, m: (t, t, 0.5),
     }
     for project, arguments in projections.items():
         expected = project(*arguments(theta, mask))
@@ -136,9 +135,8 @@ def test_memory_formats_and_out(memory_format):
     assert torch.equal(laid_out, theta)
 
 
-def test_rescale_in_place():
-    theta = weights((4, 3))
-    sparse = soft_threshold(theta, 0.5)
-    expected = rescale_channels(sparse, theta, 0.5)
-    assert rescale_channels(sparse, theta, 0.5, out=sparse) is sparse
-    assert torch.equal(sparse, expected)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_scratch_changes_nothing(memory_format):
+    theta = weights((4, 3, 2, 2))
+    scratch = torch.full_like(theta, NAN).contiguous(memory_format=memory_format)
+    assert torch.equal(channel_scale(theta, 0.5, scratch=scratch), channel_scale(theta, 0.5))
