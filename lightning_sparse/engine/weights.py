@@ -173,11 +173,11 @@ class LatentWeights:
         self._stale = False
 
     def _update(self, latents: list[Latent], context: Context) -> None:
-        # What momentum has moved off the mask does not compete.
-        self._project([latent for latent in latents if latent.dense is None], context)
         due = context.step % self.method.update_every_n_steps == 0
         last = context.progress >= 1.0 and not self._selected_last
         if (due or last) and not self.frozen:
+            # What momentum has moved off the mask does not compete.
+            self._project([latent for latent in latents if latent.dense is None], context)
             self._select(latents, context)
             self._selected_last = context.progress >= 1.0
             self._stale = len(latents) < len(self.latents)
