@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_sparse._flop_handles import WORK, Value, Work
+from lightning_sparse.functional import count_nonzeros
 
-__all__ = ["FlopCount", "FlopRecorder", "count_flops", "count_nonzeros"]
+__all__ = ["FlopCount", "FlopRecorder", "count_flops", "readable"]
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class FlopCount:
         lines = [f"{'weight':<{width}}     dense    sparse  density"]
         for name, dense, sparse in rows:
             share = f"{sparse / dense:.2%}" if dense else "-"
-            lines.append(f"{name:<{width}}  {_readable(dense):>8}  {_readable(sparse):>8}  {share:>7}")
+            lines.append(f"{name:<{width}}  {readable(dense):>8}  {readable(sparse):>8}  {share:>7}")
         uncounted = ", ".join(f"{name} ({times})" for name, times in sorted(self.uncounted.items()))
         return "\n".join([*lines, "1 multiply-accumulate = 1 FLOP", f"not counted: {uncounted or 'nothing'}"])
 
@@ -243,7 +244,9 @@ class FlopRecorder:
         every_name = self._named_parameters(remove_duplicate=False)
         aliases = {name: names[id(parameter)] for name, parameter in every_name if name not in parameters}
         by_layer = {name: self._macs[name] for name in parameters if name in self._macs}
-        densities = {name: Fraction(count_nonzeros(parameters[name]), parameters[name].numel()) for name in by_layer}
+        densities = {
+            name: Fraction(int(count_nonzeros(parameters[name])), parameters[name].numel()) for name in by_layer
+        }
         return FlopCount(by_layer, self._macs[_REST], densities, dict(self._uncounted), aliases)
 
     def _named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -377,24 +380,12 @@ def _restore_dict(current: dict[str, Any], saved: dict[str, Any]) -> None:
     current.update(saved)
 
 
-def count_nonzeros(tensor: Tensor) -> int:
-    """Count the entries that are not zero, over all ranks if the tensor is sharded.
-
-    Args:
-        tensor: Any shape; every rank must enter with its part of a sharded tensor.
-
-    Returns:
-        The same number on every rank.
+def readable(macs: float) -> str:
+    """Write a number with at most four significant digits and a unit.
 
     Example:
-        >>> count_nonzeros(torch.tensor([0.0, -0.0, 1.0]))
-        1
+        >>> readable(4_089_184_256), readable(64.0)
+        ('4.089 G', '64')
     """
-    nonzeros = (tensor.detach() != 0).sum()
-    return int(getattr(nonzeros, "full_tensor", lambda: nonzeros)())
-
-
-def _readable(macs: float) -> str:
-    """Return ``macs`` with at most four significant digits and a unit, such as ``4.089 G``."""
-    power = min(max(len(str(int(macs))) - 1, 0) // 3, 5)
-    return f"{macs / 1000**power:.4g} {' kMGTP'[power]}".rstrip()
+    power = min(max(len(str(int(macs))) - 1, 0) // 3, 4)
+    return f"{macs / 1000**power:.4g} {' kMGT'[power]}".rstrip()

@@ -20,8 +20,8 @@ ARROW = {
     "strategies": {"functional", "schedules", "engine", "strategies"},
     "metrics": {"functional", "engine.targets", "flops", "metrics"},
     "_flop_handles": set(),
-    "flops": {"_flop_handles", "flops"},
-    "reports": {"functional", "engine.targets", "reports"},
+    "flops": {"_flop_handles", "flops", "functional"},
+    "reports": {"functional", "engine.targets", "flops", "reports"},
     "export": {"functional", "engine.targets", "export"},
 }
 FREE = {"__init__", "__main__"}

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_sparse.flops import FlopCount, FlopRecorder, count_flops, count_nonzeros
+from lightning_sparse.flops import FlopCount, FlopRecorder, count_flops
+from lightning_sparse.functional import count_nonzeros
 
 
 def counted_by_torch(module, *inputs, **kwargs):

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.learner import Learner
 from lightning_sparse.engine.targets import Target
+from lightning_sparse.functional import count_nonzeros
 
 __all__ = ["FORMAT", "LatentWeights", "Method"]
 
@@ -233,7 +234,7 @@ class LatentWeights:
         """Count the nonzero entries of what the network sees, with one transfer from the device."""
         if self.frozen and self._nonzeros:
             return
-        counts = [_count_nonzeros(latent.weight.detach()) for latent in self.latents.values()]
+        counts = [count_nonzeros(latent.weight) for latent in self.latents.values()]
         self._nonzeros = dict(zip(self.latents, torch.stack(counts).tolist(), strict=True))
 
     @property
@@ -266,11 +267,3 @@ def _copy(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
     real = [(to, source) for to, source in pairs if to is not None and source is not None]
     if real:
         torch._foreach_copy_([to for to, _ in real], [source for _, source in real])
-
-
-def _count_nonzeros(weight: Tensor) -> Tensor:
-    """Number of nonzero entries, left on the device."""
-    if weight.numel() > 1 << 24:
-        return (weight != 0).sum()
-    # Up to 2^24, float32 counts exactly, and adds twice as fast as integers.
-    return torch.ne(weight, 0, out=torch.empty_like(weight, dtype=torch.float32)).sum().long()

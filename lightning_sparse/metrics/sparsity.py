@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_sparse.engine.targets import find_targets
-from lightning_sparse.flops import count_nonzeros
+from lightning_sparse.functional import count_nonzeros
 
 __all__ = ["Sparsity"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_sparse.flops import readable
 from lightning_sparse.functional import count_zeros
 
 __all__ = ["Report", "Row"]
@@ -113,14 +114,3 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         return "\n".join([self.method, *table, *(f"{key}: {value:.6g}" for key, value in self.totals.items())])
-
-
-def readable(number: float) -> str:
-    """A number with three or four digits and a unit.
-
-    Example:
-        >>> readable(4_089_184_256), readable(64.0)
-        ('4.089 G', '64')
-    """
-    power = min(max(len(str(int(number))) - 1, 0) // 3, 4)
-    return f"{number / 1000**power:.4g} {' kMGT'[power]}".rstrip()

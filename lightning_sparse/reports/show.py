@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from lightning_sparse.reports.report import Report, Row, readable
+from lightning_sparse.flops import readable
+from lightning_sparse.reports.report import Report, Row
 
 __all__ = ["show_report", "show_targets"]
 

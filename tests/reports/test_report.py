@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lightning_sparse import ST3
-from lightning_sparse.flops import count_flops
+from lightning_sparse.flops import count_flops, readable
 from lightning_sparse.reports import Report, Row
-from lightning_sparse.reports.report import readable
 from tests.helpers.models import BATCH_SIZE, Classifier, fit, make_batches
 from tests.helpers.strategies import SETTINGS, every_strategy
 
