@@ -244,8 +244,11 @@ class FlopRecorder:
         every_name = self._named_parameters(remove_duplicate=False)
         aliases = {name: names[id(parameter)] for name, parameter in every_name if name not in parameters}
         by_layer = {name: self._macs[name] for name in parameters if name in self._macs}
+        weights = [parameters[name] for name in by_layer]
+        nonzeros = count_nonzeros(weights).tolist()
         densities = {
-            name: Fraction(int(count_nonzeros(parameters[name])), parameters[name].numel()) for name in by_layer
+            name: Fraction(count, weight.numel())
+            for name, count, weight in zip(by_layer, nonzeros, weights, strict=True)
         }
         return FlopCount(by_layer, self._macs[_REST], densities, dict(self._uncounted), aliases)
 

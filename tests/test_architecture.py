@@ -25,7 +25,7 @@ ARROW = {
     "export": {"functional", "engine.targets", "export"},
 }
 FREE = {"__init__", "__main__"}
-MATHS_ONLY = {"__future__", "collections", "math", "torch", "typing"}  # all that functional/ may import
+MATHS_ONLY = {"__future__", "collections", "functools", "math", "torch", "typing"}  # all that functional/ may import
 NEVER_LIGHTNING = {"functional", "schedules"}
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 ENGINE_ONLY = {"setup", "teardown", "state_dict", "load_state_dict"}  # and on_*

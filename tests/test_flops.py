@@ -390,7 +390,7 @@ def test_price_is_rounded_once():
 
 
 def test_count_nonzeros_takes_both_signs_of_zero_and_nan():
-    assert count_nonzeros(torch.tensor([0.0, -0.0, 1.0, math.nan])) == 2
+    assert count_nonzeros([torch.tensor([0.0, -0.0, 1.0, math.nan])]) == 2
 
 
 def test_count_survives_pickle_and_prints_every_part():

@@ -231,11 +231,12 @@ class SparseTraining(TrainingHooks):
         return None if threshold is None else float(threshold)
 
     def report(self) -> Report:
-        """Rows of all weights and totals; prints as a table."""
+        """Rows of all weights and totals; prints as a table. With sharded weights every rank must call it."""
         latents, flops = self._bound(), self._account.flops
         per_sample = {name: macs / self._account.samples for name, macs in flops.by_layer.items()} if flops else {}
+        nonzeros = dict(zip(latents, self._count(), strict=True))
         rows = [
-            row.measured(latents[row.name].weight, self.threshold(row.name), per_sample.get(row.name))
+            row.measured(row.numel - nonzeros[row.name], self.threshold(row.name), per_sample.get(row.name))
             if row.treated
             else row
             for row in self._rows
@@ -245,7 +246,10 @@ class SparseTraining(TrainingHooks):
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged each epoch."""
         module, latents = self._module_now(), self._bound()
-        densities = {name: 1.0 - functional.sparsity([latent.weight]) for name, latent in latents.items()}
+        densities = {
+            name: count / max(1, latent.weight.numel())
+            for (name, latent), count in zip(latents.items(), self._count(), strict=True)
+        }
         metrics = {"sparsity/total": self.sparsity}
         if self.target_sparsity is not None:
             metrics["sparsity/target"] = self.target_sparsity
@@ -273,6 +277,11 @@ class SparseTraining(TrainingHooks):
             (pool, self.initial_sparsity + way * (final - self.initial_sparsity))
             for pool, final in [*((pool, self.final_sparsity) for pool in pools), *own]
         ]
+
+    def _count(self) -> list[int]:
+        """Nonzero entries of each weight now."""
+        counts: list[int] = functional.count_nonzeros([latent.weight for latent in self._bound().values()]).tolist()
+        return counts
 
     def _bound(self) -> dict[str, Latent]:
         module = self._module_now()

@@ -188,7 +188,7 @@ class TrainingHooks(pl.Callback):
             return
         self._account.close(batch)
         self._price()
-        self._account.spend(batch_size(batch) * trainer.world_size)
+        self._account.spend(batch_size(batch) * _replicas(trainer))
         self._weights.settle(self._context())
         if (
             self.freeze is not None
@@ -240,10 +240,12 @@ class TrainingHooks(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit ends. Prints the summary."""
-        if self.verbose and trainer.is_global_zero:
+        if self.verbose:
+            report = self.report()  # on every rank, as each may hold a part of the weights
             monitors = {getattr(callback, "monitor", None) for callback in _callbacks(trainer)}
             found = {key: float(value) for key, value in trainer.callback_metrics.items() if key in monitors}
-            show_report(self.report(), found)
+            if trainer.is_global_zero:
+                show_report(report, found)
 
     def interrupt(self, trainer: pl.Trainer) -> None:
         """Leave sparse weights and no hooks, before other callbacks look at the model or save it."""
@@ -362,3 +364,8 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     """The callbacks of a Trainer, which Lightning does not declare."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def _replicas(trainer: pl.Trainer) -> int:
+    """Ranks that train on data of their own; with tensor parallelism several share theirs."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size))

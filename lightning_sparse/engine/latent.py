@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional import exceeds
+from lightning_sparse.functional.sharding import is_sharded, spread, whole
+
 __all__ = ["Context", "Latent"]
 
 
 @dataclass
 class Latent:
-    """All tensors that belong to one sparse weight.
+    """All tensors that belong to one sparse weight. Where that is sharded, so are those of its shape.
 
     Attributes:
         name: Name of the parameter.
@@ -43,7 +46,7 @@ class Latent:
         if "mask" in self.state:
             return self.state["mask"]
         if "threshold" in self.state:
-            return self.theta.abs() > self.state["threshold"]
+            return exceeds(self.theta, self.state["threshold"])
         return torch.ones_like(self.theta, dtype=torch.bool)
 
     @property
@@ -64,30 +67,37 @@ class Latent:
             exact_on_kept: Whether the latent equals the weight on the keep set and need not be stored there.
         """
         packed: dict[str, Any] = {
-            "state": {key: tensor.detach().clone() for key, tensor in self.state.items() if tensor.dtype != torch.bool},
-            "bits": {key: _pack_bits(tensor) for key, tensor in self.state.items() if tensor.dtype == torch.bool},
+            "state": {key: _gather(tensor) for key, tensor in self.state.items() if tensor.dtype != torch.bool},
+            "bits": {
+                key: _pack_bits(whole(tensor)) for key, tensor in self.state.items() if tensor.dtype == torch.bool
+            },
         }
         if self.dense is not None and exact_on_kept:
-            packed["pruned"] = self.dense[~self.mask]
+            packed["pruned"] = _gather(self.dense)[~_gather(self.mask)]
         elif self.dense is not None:
-            packed["theta"] = self.dense.clone()
+            packed["theta"] = _gather(self.dense)
         return packed
 
     def unpack(self, packed: Mapping[str, Any]) -> None:
         """Restore the record from :meth:`pack`; ``weight`` must hold what the checkpoint held."""
         for key, tensor in packed["state"].items():
             declared = self.state.get(key, tensor)
-            restored = tensor.to(self.weight.device, declared.dtype, copy=True)
-            self.state[key] = restored.requires_grad_(declared.requires_grad)
+            restored = self._spread(tensor) if is_sharded(declared) else tensor.to(self.weight.device, copy=True)
+            self.state[key] = restored.to(declared.dtype).requires_grad_(declared.requires_grad)
         for key, bits in packed["bits"].items():
-            self.state[key] = _unpack_bits(bits, self.weight)
+            self.state[key] = self._spread(_unpack_bits(bits, self.weight.shape))
         if "theta" in packed:
-            self.dense = packed["theta"].to(self.weight, copy=True)
+            self.dense = self._spread(packed["theta"]).to(self.weight.dtype)
         elif "pruned" in packed:
-            self.dense = self.weight.detach().clone()
-            self.dense[~self.mask] = packed["pruned"].to(self.weight)
+            dense = whole(self.weight.detach()).clone()
+            dense[~whole(self.mask)] = packed["pruned"].to(dense)
+            self.dense = self._spread(dense)
         else:
             self.dense = None
+
+    def _spread(self, full: Tensor) -> Tensor:
+        """Lay a tensor that every rank has in full out like the weight, in memory of its own."""
+        return spread(full.to(self.weight.device), self.weight).clone()
 
 
 @dataclass(frozen=True)
@@ -107,10 +117,16 @@ class Context:
     progress: float
 
 
+def _gather(tensor: Tensor) -> Tensor:
+    """The whole tensor, in memory of its own: that of the CPU if one device may not hold all such tensors."""
+    full = whole(tensor.detach())
+    return full.cpu() if is_sharded(tensor) else full.clone()
+
+
 def _pack_bits(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
-def _unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
-    flat = np.unpackbits(bits.cpu().numpy(), count=like.numel())
-    return torch.from_numpy(flat).bool().view(like.shape).to(like.device)
+def _unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
+    flat = np.unpackbits(bits.cpu().numpy(), count=shape.numel())
+    return torch.from_numpy(flat).bool().view(shape)

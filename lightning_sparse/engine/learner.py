@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.engine.latent import Latent
+from lightning_sparse.functional.sharding import spread, whole
 
 __all__ = ["Learner"]
 
@@ -60,11 +61,11 @@ class Learner:
         buffers = {
             name: self._sgd.state[group["params"][0]].get("momentum_buffer") for name, group in self._groups.items()
         }
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        return {name: whole(buffer) for name, buffer in buffers.items() if buffer is not None}
 
     def load_state_dict(self, buffers: dict[str, Tensor]) -> None:
         """Restore the momentum buffers."""
         for name, buffer in buffers.items():
             tensor = self._groups[name]["params"][0]
             assert self._sgd is not None
-            self._sgd.state[tensor]["momentum_buffer"] = buffer.to(tensor)
+            self._sgd.state[tensor]["momentum_buffer"] = spread(buffer.to(tensor.device), tensor)

@@ -4,26 +4,27 @@ from collections.abc import Iterable, Sequence
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.engine.targets import Target
+from lightning_sparse.functional import count_nonzeros
 
 __all__ = ["check_optimizers", "check_overlap", "check_trainer", "check_weights"]
 
 
 def check_trainer(method: str, trainer: pl.Trainer) -> None:
-    """Refuse a Trainer of the package ``pytorch_lightning``, and strategies that shard weights."""
+    """Refuse a Trainer of the package ``pytorch_lightning``, and strategies that keep the weights elsewhere."""
     if pl.Trainer not in type(trainer).__mro__:
         raise MisconfigurationException(
             "Expected the Trainer to be a `lightning.pytorch.Trainer`, but got a"
             f" `{type(trainer).__module__}.{type(trainer).__name__}`. Write `import lightning as L`."
         )
-    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
         raise MisconfigurationException(
-            f"`{method}` cannot train with `{type(trainer.strategy).__name__}`, which shards weights."
-            " Use one device or `strategy='ddp'`."
+            f"`{method}` cannot train with `{type(trainer.strategy).__name__}`, which keeps the weights in"
+            " flat tensors of its own. Use `ModelParallelStrategy` (FSDP2), `strategy='ddp'` or one device."
         )
 
 
@@ -44,7 +45,7 @@ def check_weights(method: str, verdicts: Sequence[Target]) -> None:
                 f"`{method}` cannot judge `{verdict.name}`, which is not initialised."
                 " Run the model once before `fit`, for example in `configure_model`."
             )
-        if verdict.treated and not torch.isfinite(verdict.parameter).all():
+        if verdict.treated and int(count_nonzeros([torch.isfinite(verdict.parameter)])) < verdict.parameter.numel():
             raise ValueError(f"Expected weight `{verdict.name}` to be finite, but it has NaN or infinite entries.")
     if not any(verdict.treated for verdict in verdicts):
         raise MisconfigurationException(

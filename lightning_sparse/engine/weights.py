@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.learner import Learner
 from lightning_sparse.engine.targets import Target
-from lightning_sparse.functional import count_nonzeros
+from lightning_sparse.functional import count_nonzeros, hard_threshold, mask_gradient
+from lightning_sparse.functional.sharding import is_sharded, local, spread, sum_each, whole
 
 __all__ = ["FORMAT", "LatentWeights", "Method"]
 
@@ -105,6 +108,9 @@ class LatentWeights:
 
     def bind(self, module: nn.Module) -> None:
         """Look every parameter up again: strategies and users may have replaced it."""
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # it keeps gathered copies of some parameters after a forward without backward
         for latent in self.latents.values():
             latent.weight = module.get_parameter(latent.path)
 
@@ -114,7 +120,7 @@ class LatentWeights:
             return False
         expected = torch.empty_like(latent.dense)
         self.method.project(latent, context, expected)
-        return torch.equal(expected.to(weight), weight)
+        return not count_nonzeros([spread(whole(expected).to(weight.device, weight.dtype), weight) != weight]).any()
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -131,10 +137,23 @@ class LatentWeights:
             if grad is not None:
                 latent_grad = self._pull_back(latent, grad, context)
                 if latent_grad is not grad:
-                    grad.copy_(latent_grad)
+                    local(grad).copy_(local(latent_grad))
+        self._sum_learned(latent for latent, _ in hosted)
         # In this order, so that an interrupt at any moment loses nothing.
         _copy((latent.weight, latent.dense) for latent, _ in hosted)
         self._exposed[id(optimizer)] = hosted
+
+    def _sum_learned(self, latents: Iterable[Latent]) -> None:
+        """Let what is learned for a whole weight hear of all its parts."""
+        heard = [
+            (tensor.grad, latent.weight)
+            for latent in latents
+            for tensor in latent.learned.values()
+            if is_sharded(latent.weight) and not is_sharded(tensor) and tensor.grad is not None
+        ]
+        if heard:
+            sums = sum_each([grad for grad, _ in heard], [weight for _, weight in heard])
+            torch._foreach_copy_([grad for grad, _ in heard], list(sums))
 
     @torch.no_grad()
     def stepped(self, optimizer: Optimizer, index: int, context: Callable[[int], Context]) -> bool:
@@ -199,11 +218,11 @@ class LatentWeights:
             if latent.dense is not None:
                 self.method.project(latent, context, latent.weight)
             elif "mask" in latent.state:
-                latent.weight.masked_fill_(~latent.state["mask"], 0.0)
+                hard_threshold(latent.weight, latent.state["mask"], out=latent.weight)
 
     def _pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         if self.frozen:
-            return grad.masked_fill_(~latent.mask, 0.0)
+            return mask_gradient(grad, latent.mask, out=grad)
         return self.method.pull_back(latent, grad, context)
 
     # -- the mask as a promise ----------------------------------------------------------------------------------------
@@ -225,8 +244,13 @@ class LatentWeights:
         """Zero the pruned entries of whatever the model (or a state dict) holds now, such as averaged weights."""
         for latent in self.latents.values():
             held = latent.weight if tensors is None else tensors.get(latent.path)
-            if held is not None and ("mask" in latent.state or "threshold" in latent.state):
-                held.masked_fill_(~latent.mask.to(held.device), 0.0)
+            if latent.state.keys().isdisjoint({"mask", "threshold"}):
+                continue
+            mask = latent.mask
+            if is_sharded(mask) and (held is None or not is_sharded(held)):
+                mask = whole(mask)  # all ranks enter, though only the first holds the tensors of a full checkpoint
+            if held is not None:
+                hard_threshold(held, mask.to(held.device), out=held)
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
@@ -234,8 +258,8 @@ class LatentWeights:
         """Count the nonzero entries of what the network sees, with one transfer from the device."""
         if self.frozen and self._nonzeros:
             return
-        counts = [count_nonzeros(latent.weight) for latent in self.latents.values()]
-        self._nonzeros = dict(zip(self.latents, torch.stack(counts).tolist(), strict=True))
+        counts = count_nonzeros([latent.weight for latent in self.latents.values()])
+        self._nonzeros = dict(zip(self.latents, counts.tolist(), strict=True))
 
     @property
     def densities(self) -> dict[str, float]:
@@ -251,19 +275,24 @@ class LatentWeights:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, lists and dicts only."""
+        """Tensors, numbers, strings, lists and dicts only; the first rank gets all of sharded weights."""
+        latents = {}
+        for name, latent in self.latents.items():
+            packed = latent.pack(self.method.exact_on_kept)
+            if not is_sharded(latent.weight) or dist.get_rank() == 0:
+                latents[name] = packed
         return {
             "format": FORMAT,
             "frozen": self.frozen,
             "steps": dict(self.steps),
             "selected_last": self._selected_last,
-            "latents": {name: latent.pack(self.method.exact_on_kept) for name, latent in self.latents.items()},
+            "latents": latents,
             "learner": self._learner.state_dict(),
         }
 
 
 def _copy(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
     """Copy the second of each pair into the first, all at once; pairs without a dense latent need nothing."""
-    real = [(to, source) for to, source in pairs if to is not None and source is not None]
+    real = [(local(to), local(source)) for to, source in pairs if to is not None and source is not None]
     if real:
         torch._foreach_copy_([to for to, _ in real], [source for _, source in real])

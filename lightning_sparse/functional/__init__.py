@@ -1,8 +1,19 @@
-"""Pure maths of sparse training: tensors and numbers in, tensors out."""
+"""Pure maths of sparse training: tensors and numbers in, tensors out; sharded tensors (DTensor) included."""
 
-from lightning_sparse.functional.gradients import anneal_gradient, backward_set, mask_gradient
-from lightning_sparse.functional.measures import count_nonzeros, count_zeros, sparsity
-from lightning_sparse.functional.projections import channel_scale, hard_threshold, soft_threshold
+from lightning_sparse.functional.gradients import (
+    anneal_gradient,
+    backward_set,
+    mask_gradient,
+    threshold_gradient,
+)
+from lightning_sparse.functional.measures import count_nonzeros, sparsity
+from lightning_sparse.functional.projections import (
+    channel_scale,
+    exceeds,
+    hard_threshold,
+    rescaled_soft_threshold,
+    soft_threshold,
+)
 from lightning_sparse.functional.selection import kth_largest, magnitude_quantile, order_statistics, topk_masks
 
 __all__ = [
@@ -10,13 +21,15 @@ __all__ = [
     "backward_set",
     "channel_scale",
     "count_nonzeros",
-    "count_zeros",
+    "exceeds",
     "hard_threshold",
     "kth_largest",
     "magnitude_quantile",
     "mask_gradient",
     "order_statistics",
+    "rescaled_soft_threshold",
     "soft_threshold",
     "sparsity",
+    "threshold_gradient",
     "topk_masks",
 ]

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional.selection import topk_masks
+from lightning_sparse.functional.sharding import elementwise, local
 
-__all__ = ["anneal_gradient", "backward_set", "mask_gradient"]
+__all__ = ["anneal_gradient", "backward_set", "mask_gradient", "threshold_gradient"]
 
 
+@elementwise
 def mask_gradient(grad: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Keep the gradient of the kept weights only.
 
@@ -28,6 +30,7 @@ def mask_gradient(grad: Tensor, mask: Tensor, *, out: Tensor | None = None) -> T
     return anneal_gradient(grad, mask, 0.0, out=out)
 
 
+@elementwise
 def anneal_gradient(grad: Tensor, mask: Tensor, alpha: float, *, out: Tensor | None = None) -> Tensor:
     r"""Scale the gradient of the pruned weights.
 
@@ -77,3 +80,22 @@ def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float) -> Tenso
     """
     size = theta.numel()
     return topk_masks([theta], size - round(backward_sparsity * size))[0] | mask
+
+
+def threshold_gradient(latent_grad: Tensor, theta: Tensor) -> Tensor:
+    r"""What the threshold of a soft-thresholded weight hears.
+
+    .. math:: \partial L / \partial \tau = -\sum_i g_i \operatorname{sign}(\theta_i)
+
+    Args:
+        latent_grad: Gradient at the latent weights, zero where the threshold is not to hear it.
+        theta: Dense latent weights, same shape.
+
+    Returns:
+        Scalar; of a sharded weight, the sum over the part on this rank.
+
+    Example:
+        >>> threshold_gradient(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
+        tensor(-1.)
+    """
+    return -torch.dot(local(latent_grad).flatten(), local(theta).sign().flatten())

@@ -1,51 +1,46 @@
 """Counting zeros."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["count_nonzeros", "count_zeros", "sparsity"]
+from lightning_sparse.functional.selection import CHUNK, chunks
+from lightning_sparse.functional.sharding import local, sum_each
+
+__all__ = ["count_nonzeros", "sparsity"]
 
 
-def count_nonzeros(tensor: Tensor) -> Tensor:
-    """Count the entries that are not zero, over all ranks if the tensor is sharded.
+def count_nonzeros(tensors: Sequence[Tensor]) -> Tensor:
+    """Count the entries of each tensor that are not zero.
 
     Args:
-        tensor: Any shape; every rank must enter with its part of a sharded tensor.
+        tensors: Any shapes, sharded or not; every rank must enter with its part.
 
     Returns:
-        Integer scalar, the same on every rank, left on the device.
+        One integer per tensor, the same on every rank, left on the device.
 
     Example:
-        >>> count_nonzeros(torch.tensor([0.0, -0.0, 1.0]))
-        tensor(1)
+        >>> count_nonzeros([torch.tensor([0.0, -0.0, 1.0]), torch.ones(2)])
+        tensor([1, 2])
     """
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        total: Tensor = (tensor != 0).sum().full_tensor()  # type: ignore[attr-defined]
-        return total
-    if tensor.numel() > 1 << 24:
-        return (tensor != 0).sum()
-    # Up to 2^24, float32 counts exactly, and adds twice as fast as integers.
-    return torch.ne(tensor, 0, out=torch.empty_like(tensor, dtype=torch.float32)).sum().long()
-
-
-def count_zeros(weight: Tensor) -> int:
-    """Count the entries that are exactly zero (either sign).
-
-    Example:
-        >>> count_zeros(torch.tensor([0.0, -0.0, 1.0]))
-        2
-    """
-    return weight.numel() - int(count_nonzeros(weight))
+    if not tensors:
+        return torch.zeros(0, dtype=torch.long)
+    # Of less than 2^24 numbers float32 holds the exact count, and adds twice as fast as integers.
+    scratch = {device: torch.empty(CHUNK, device=device) for device in {tensor.device for tensor in tensors}}
+    counts = []
+    for tensor in tensors:
+        nonzero = scratch[tensor.device]
+        sums = [torch.ne(chunk, 0, out=nonzero[: len(chunk)]).sum() for chunk in chunks([local(tensor.detach())])]
+        counts.append(torch.stack(sums).long().sum())
+    return sum_each(counts, tensors)
 
 
 def sparsity(tensors: Iterable[Tensor]) -> float:
     """Fraction of zeros among all elements of all tensors.
 
     Args:
-        tensors: Any shapes; nothing at all has sparsity 0.
+        tensors: Any shapes, sharded or not; nothing at all has sparsity 0.
 
     Returns:
         Number in ``[0, 1]``.
@@ -54,8 +49,6 @@ def sparsity(tensors: Iterable[Tensor]) -> float:
         >>> sparsity([torch.zeros(3), torch.ones(1)])
         0.75
     """
-    zeros = total = 0
-    for tensor in tensors:
-        zeros += count_zeros(tensor)
-        total += tensor.numel()
-    return zeros / total if total else 0.0
+    tensors = list(tensors)
+    total = sum(tensor.numel() for tensor in tensors)
+    return (total - int(count_nonzeros(tensors).sum())) / total if total else 0.0

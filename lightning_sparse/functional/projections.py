@@ -1,13 +1,37 @@
 """What the network sees of the latent weights: w = P(theta)."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["channel_scale", "hard_threshold", "soft_threshold"]
+from lightning_sparse.functional.sharding import elementwise, local, ranks_of, sum_over
+
+__all__ = ["channel_scale", "exceeds", "hard_threshold", "rescaled_soft_threshold", "soft_threshold"]
 
 
+@elementwise
+def exceeds(theta: Tensor, threshold: Tensor | float) -> Tensor:
+    r"""The weights that a threshold keeps.
+
+    .. math:: m = [\,|\theta| > \tau\,]
+
+    Args:
+        theta: Dense latent weights, any shape.
+        threshold: Number or scalar tensor :math:`\tau`.
+
+    Returns:
+        Boolean tensor like ``theta``, True = kept.
+
+    Example:
+        >>> exceeds(torch.tensor([2.0, -1.0]), 1.0)
+        tensor([ True, False])
+    """
+    return theta.abs() > threshold
+
+
+@elementwise
 def hard_threshold(theta: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Zero the pruned entries.
 
@@ -30,6 +54,7 @@ def hard_threshold(theta: Tensor, mask: Tensor, *, out: Tensor | None = None) ->
     return out.copy_(theta).masked_fill_(~mask, 0.0)
 
 
+@elementwise
 def soft_threshold(theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
     r"""Shrink every magnitude by the threshold, to zero at least.
 
@@ -72,7 +97,8 @@ def channel_scale(theta: Tensor, threshold: Tensor | float, *, scratch: Tensor |
         scratch: Tensor like ``theta`` that may be overwritten, to save an allocation.
 
     Returns:
-        :math:`c`, shape ``(out, 1, ...)``, one where nothing is pruned.
+        :math:`c`, shape ``(out, 1, ...)``, one where nothing is pruned; of a sharded weight, for the channels that lie
+        on this rank.
 
     References:
         Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you need for
@@ -84,10 +110,39 @@ def channel_scale(theta: Tensor, threshold: Tensor | float, *, scratch: Tensor |
         tensor([[1.3289],
                 [1.0000]])
     """
-    dims = tuple(range(1, max(2, theta.ndim)))
-    magnitude = torch.abs(theta, out=scratch)
+    magnitude = torch.abs(local(theta), out=None if scratch is None else local(scratch))
     magnitude = magnitude if theta.ndim > 1 else magnitude.unsqueeze(1)  # a vector has one element per channel
-    dense = magnitude.mean(dims, keepdim=True)
-    kept = torch.threshold_(magnitude, float(threshold), 0.0).mean(dims, keepdim=True)
-    scale = 1.01 / ((kept + 1e-6) / (dense + 1e-6) + 0.01)
-    return scale.view(-1, *[1] * (theta.ndim - 1))
+    dims = tuple(range(1, magnitude.ndim))
+    dense = magnitude.sum(dims, keepdim=True)
+    kept = torch.threshold_(magnitude, float(threshold), 0.0).sum(dims, keepdim=True)
+    means = sum_over(ranks_of(theta, dims), torch.stack([kept, dense])) / math.prod(theta.shape[1:])
+    kept, dense = (means + 1e-6).view(2, -1, *[1] * (theta.ndim - 1))
+    scale: Tensor = 1.01 / (kept / dense + 0.01)
+    return scale
+
+
+def rescaled_soft_threshold(theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
+    r"""Soft-threshold, then give every output channel its magnitude back.
+
+    .. math:: w = c_o \operatorname{sign}(\theta) \max(|\theta| - \tau, 0)
+
+    with :math:`c_o` from :func:`channel_scale`.
+
+    Args:
+        theta: Dense latent weights, shape ``(out, *)``.
+        threshold: Non-negative number or scalar tensor :math:`\tau`.
+        out: Where to write the result; must not share memory with ``theta``.
+
+    Returns:
+        Tensor like ``theta``.
+
+    Example:
+        >>> rescaled_soft_threshold(torch.tensor([[3.0, 1.0], [2.0, 2.0]]), 1.0)
+        tensor([[2.6579, 0.0000],
+                [1.0000, 1.0000]])
+    """
+    out = torch.empty_like(theta) if out is None else out
+    scale = channel_scale(theta, threshold, scratch=out)
+    soft_threshold(theta, threshold, out=out)
+    local(out).mul_(scale)
+    return out

@@ -1,36 +1,51 @@
-"""Exact selection by magnitude over a list of tensors, without sorting or concatenating them.
+"""Exact selection over a list of tensors, on one device or on many ranks, without sorting or gathering them.
 
-The magnitudes of floating-point numbers order like their bit patterns. One counting pass over the upper bits finds
-the bucket that holds the wanted rank; only the few numbers inside that bucket are then looked at one by one. Thresholds
-move slowly from step to step, so that the bracket around the last one mostly makes the counting pass superfluous.
+Floating-point numbers order like their bit patterns, read as integers (keys). One counting pass over the upper bits
+finds the bucket that holds the wanted rank; a second one, over the lower bits of what lies in that bucket, finds the
+number itself. Thresholds move slowly from step to step, so that a window of keys around the last one mostly makes the
+first pass superfluous. Of tensors that are spread over ranks each rank counts its part; then the counters, whose number
+does not depend on the model, are added up.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["kth_largest", "magnitude_quantile", "order_statistics", "topk_masks"]
+from lightning_sparse.functional.sharding import Ranks, like, local, positions, ranks_of, sum_each, sum_over
 
-# Small tensors are counted together, so that a model of many small layers needs few kernel launches.
-_CHUNK = 1 << 18
-# Half the width of the bracket around a guess, relative to it.
-_MARGIN = 0.002
-# Per key type: bits to drop so that 15 (or 16) upper bits remain.
-_KEYS = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 48)}
+__all__ = ["CHUNK", "chunks", "kth_largest", "magnitude_quantile", "order_statistics", "topk_masks"]
+
+# Small tensors are counted together, so that a model of many small layers needs few kernel launches, large ones in
+# pieces that stay in the cache.
+CHUNK = 1 << 19
+_FOLD = 16
+# Each pass resolves so many bits of the keys.
+_BITS = 16
+_KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+class _Found(NamedTuple):
+    """A key, the number of smaller ones and the number of equal ones."""
+
+    key: int
+    below: int
+    equal: int
 
 
 def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int], *, near: Tensor | None = None) -> Tensor:
     """Find the magnitudes at the given ranks among all elements of all tensors.
 
     Args:
-        tensors: Floating-point tensors of any shape. Half-precision numbers are compared as float32.
+        tensors: Floating-point tensors of any shape, sharded or not. Half-precision numbers are compared as float32.
         ranks: Ranks in ascending order of magnitude, ``0`` (smallest) to ``N - 1`` (largest); NaN counts as largest.
         near: A guess, such as the result of the step before. A good one saves a pass; none changes the result.
 
     Returns:
-        Tensor of shape ``(len(ranks),)``, float32 (float64 if any input is).
+        Tensor of shape ``(len(ranks),)``, float32 (float64 if any input is), the same on every rank.
 
     Raises:
         ValueError: If a rank lies outside ``[0, N - 1]``.
@@ -39,33 +54,18 @@ def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int], *, near: T
         >>> order_statistics([torch.tensor([-3.0, 1.0]), torch.tensor([[2.0], [0.5]])], [0, 3])
         tensor([0.5000, 3.0000])
     """
-    total = sum(tensor.numel() for tensor in tensors)
-    if not all(0 <= rank < total for rank in ranks):
-        raise ValueError(f"Expected argument `ranks` to lie in [0, {total - 1}], but got {list(ranks)}.")
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    integer, shift = _KEYS[dtype]
-
-    found = None
-    if near is not None and 0 < near < math.inf:
-        margins = torch.tensor([1 - _MARGIN, 1 + _MARGIN], dtype=dtype, device=near.device)
-        low, high = (near.to(dtype) * margins).view(integer).tolist()
-        found = _look_between(low, high, tensors, ranks, dtype)
-    if found is None:
-        counts = torch.zeros(1 << 15, dtype=torch.long, device=tensors[0].device)
-        for chunk in _magnitudes(tensors, dtype):
-            counts += torch.bincount(chunk.view(integer).bitwise_right_shift_(shift), minlength=1 << 15)
-        ends = torch.tensor([min(ranks), max(ranks)], device=counts.device)
-        first, last = torch.searchsorted(counts.cumsum(0), ends, right=True).tolist()
-        found = _look_between(first << shift, ((last + 1) << shift) - 1, tensors, ranks, dtype)
-    assert found is not None
-    return found
+    pool = _Pool(tensors)
+    if not all(0 <= rank < pool.size for rank in ranks):
+        raise ValueError(f"Expected argument `ranks` to lie in [0, {pool.size - 1}], but got {list(ranks)}.")
+    keys = [found.key for found in pool.find(ranks, near)]
+    return torch.tensor(keys, dtype=_KEYS[pool.dtype]).view(pool.dtype).to(pool.device)
 
 
 def kth_largest(tensors: Sequence[Tensor], k: int, *, near: Tensor | None = None) -> Tensor:
     """Find the k-th largest magnitude among all elements of all tensors.
 
     Args:
-        tensors: Floating-point tensors of any shape.
+        tensors: Floating-point tensors of any shape, sharded or not.
         k: ``1`` (largest) to ``N`` (smallest).
         near: A guess, see :func:`order_statistics`.
 
@@ -91,7 +91,7 @@ def magnitude_quantile(tensors: Sequence[Tensor], q: float, *, near: Tensor | No
     Linear interpolation between the order statistics around position ``(N - 1) q``, the convention of NumPy.
 
     Args:
-        tensors: Floating-point tensors of any shape.
+        tensors: Floating-point tensors of any shape, sharded or not.
         q: In ``[0, 1]``.
         near: A guess, see :func:`order_statistics`.
 
@@ -112,17 +112,19 @@ def magnitude_quantile(tensors: Sequence[Tensor], q: float, *, near: Tensor | No
     return torch.lerp(around[0], around[1], position - math.floor(position))
 
 
-def topk_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Keep the k largest magnitudes among all elements of all tensors.
+def topk_masks(tensors: Sequence[Tensor], k: int, *, signed: bool = False, near: Tensor | None = None) -> list[Tensor]:
+    """Keep the k largest magnitudes, or the k largest numbers, among all elements of all tensors.
 
     Ties at the threshold are broken by position: earlier tensors first, then lower flat indices.
 
     Args:
-        tensors: Floating-point tensors of any shape.
+        tensors: Floating-point tensors of any shape, sharded or not.
         k: Number of elements to keep, ``0`` to ``N``.
+        signed: Whether to compare numbers with their signs instead of magnitudes.
+        near: A guess at the k-th largest, see :func:`order_statistics`.
 
     Returns:
-        One boolean mask per tensor, True = kept, with exactly ``k`` True entries in all.
+        One boolean mask per tensor, True = kept, sharded like it, with exactly ``k`` True entries in all.
 
     Raises:
         ValueError: If ``k`` lies outside ``[0, N]``.
@@ -130,55 +132,146 @@ def topk_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     Example:
         >>> topk_masks([torch.tensor([-3.0, 1.0]), torch.tensor([1.0, 1.0])], 2)
         [tensor([True, True]), tensor([False, False])]
+        >>> topk_masks([torch.tensor([-3.0, 1.0])], 1, signed=True)
+        [tensor([False,  True])]
     """
-    total = sum(tensor.numel() for tensor in tensors)
-    if k in (0, total):
+    pool = _Pool(tensors, signed)
+    if not 0 <= k <= pool.size:
+        raise ValueError(f"Expected argument `k` to lie in [0, {pool.size}], but got {k}.")
+    if k in (0, pool.size):
         return [torch.full_like(tensor, k > 0, dtype=torch.bool) for tensor in tensors]
-    threshold = kth_largest(tensors, k)
-    # Not `>=`, which would prune a NaN and so hide it.
-    masks = [(tensor.abs().to(threshold.dtype) < threshold).logical_not_() for tensor in tensors]
-    surplus = sum(int(mask.count_nonzero()) for mask in masks) - k
-    for tensor, mask in zip(reversed(tensors), reversed(masks), strict=True):
-        if surplus <= 0:
-            break
-        ties = (tensor.abs().to(threshold.dtype) == threshold).flatten().nonzero().flatten()[-surplus:]
-        mask.copy_(mask.flatten().index_fill_(0, ties, False).view(mask.shape))
-        surplus -= len(ties)
-    return masks
+    found = pool.find([pool.size - k], near)[0]
+    masks = [pool.keys(local(tensor)) >= found.key for tensor in tensors]
+    if found.below + k < pool.size:
+        _drop_last(tensors, masks, [pool.keys(local(t)) == found.key for t in tensors], pool.size - k - found.below)
+    return [like(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True)]
 
 
-def _look_between(
-    low: int, high: int, tensors: Sequence[Tensor], ranks: Sequence[int], dtype: torch.dtype
-) -> Tensor | None:
-    """The magnitudes at the ranks, if their bit patterns lie in ``[low, high]``."""
-    integer, _ = _KEYS[dtype]
-    below, inside = torch.zeros((), dtype=torch.long, device=tensors[0].device), []
-    for chunk in _magnitudes(tensors, dtype):
-        bits = chunk.view(integer)
-        smaller = bits < low
-        below += smaller.count_nonzero()
-        inside.append(chunk[(bits <= high).logical_xor_(smaller)])
-    candidates = torch.cat(inside).sort().values
-    places = [rank - int(below) for rank in ranks]
-    if min(places) < 0 or max(places) >= len(candidates):
-        return None
-    return candidates[torch.tensor(places, device=candidates.device)]
+class _Pool:
+    """The elements of all tensors, wherever they lie.
+
+    Args:
+        tensors: The tensors.
+        signed: Whether their numbers are compared with their signs.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], signed: bool = False) -> None:
+        self.signed = signed
+        self.size = sum(tensor.numel() for tensor in tensors)
+        self.dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self._parts: dict[tuple[Ranks, torch.device], list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            self._parts[ranks_of(tensor), tensor.device].append(local(tensor.detach()))
+
+    def keys(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """Integers that order like the numbers to compare; NaN comes last."""
+        tensor, integer = tensor.to(self.dtype), _KEYS[self.dtype]
+        if not self.signed:
+            return torch.abs(tensor, out=None if out is None else out.view(self.dtype)).view(integer)
+        bits = torch.where(tensor == tensor, tensor + 0.0, math.nan).view(integer)  # -0 + 0 = 0
+        return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits, out=out)
+
+    def find(self, ranks: Sequence[int], near: Tensor | None = None) -> list[_Found]:
+        """The keys at some ranks in ascending order."""
+        if near is not None and self.dtype == torch.float32 and math.isfinite(near):
+            key = int(self.keys(near.detach().to("cpu", torch.float32)))
+            found = self._look(ranks, key - (1 << _BITS - 1))
+            if found is not None:
+                return found
+        bits = torch.iinfo(_KEYS[self.dtype]).bits
+        low = -(1 << bits - 1)
+        for shift in range(bits - _BITS, 0, -_BITS):
+            ends = self._count(low, shift).cumsum(0)
+            places = torch.searchsorted(ends, torch.tensor(ranks, device=ends.device), right=True).tolist()
+            if len(set(places)) > 1:  # too far apart to be found together
+                return [self.find([rank])[0] for rank in ranks]
+            low += (places[0] - 1) << shift
+        found = self._look(ranks, low)
+        assert found is not None
+        return found
+
+    def _look(self, ranks: Sequence[int], low: int) -> list[_Found] | None:
+        """The keys at some ranks, if they lie in the window that starts at ``low``."""
+        counts = self._count(low, 0)
+        ends = counts.cumsum(0)
+        places = torch.searchsorted(ends, torch.tensor(ranks, device=ends.device), right=True)
+        inside = ((places > 0) & (places < len(ends))).all()
+        at = places.clamp(1, len(ends) - 1)
+        numbers = torch.stack([at, ends[at - 1], counts[at], inside.expand_as(at)], 1).tolist()
+        if not numbers[0][3]:
+            return None
+        return [_Found(low + place - 1, below, equal) for place, below, equal, _ in numbers]
+
+    def _count(self, low: int, shift: int) -> Tensor:
+        """Number of keys below the window, then in each of its bins, which hold ``2 ** shift`` keys each."""
+        total = torch.zeros(1 + (1 << _BITS), dtype=torch.long, device=self.device)
+        for (ranks, device), parts in self._parts.items():
+            total += sum_over(ranks, self._count_parts(parts, low, shift, device)).to(self.device)
+        return total
+
+    def _count_parts(self, parts: list[Tensor], low: int, shift: int, device: torch.device) -> Tensor:
+        counts = torch.zeros(1 + (1 << _BITS), dtype=torch.long, device=device)
+        integer, high, inside = _KEYS[self.dtype], low + (1 << _BITS + shift) - 1, []
+        everything = high - low == 2 * torch.iinfo(integer).max + 1
+        scratch = torch.empty(3, min(CHUNK, sum(part.numel() for part in parts)), dtype=integer, device=device)
+        for chunk in chunks(parts):
+            keys, below, upto = (row[: len(chunk)] for row in scratch)
+            self.keys(chunk, out=keys)
+            if everything:
+                counts[1:] += torch.bincount((keys >> shift) - (low >> shift), minlength=1 << _BITS)
+                continue
+            # Comparisons into integers, and looking at folded rows before single keys, are fast on CPUs.
+            torch.lt(keys, low, out=below)
+            torch.le(keys, high, out=upto)
+            rows, rest = keys[: len(keys) // _FOLD * _FOLD].view(_FOLD, -1), keys[len(keys) // _FOLD * _FOLD :]
+            smaller = below[: rows.numel()].view_as(rows).sum(0, dtype=integer)
+            hits = smaller != upto[: rows.numel()].view_as(rows).sum(0, dtype=integer)
+            counts[0] += smaller.sum() + below[rows.numel() :].sum()
+            inside += [rows[:, hits.nonzero().squeeze(1)].flatten(), rest.clone()]
+        if inside:
+            found = torch.cat(inside)
+            found = found[(found >= low) & (found <= high)]
+            counts[1:] += torch.bincount(found - low >> shift, minlength=1 << _BITS)
+        return counts
 
 
-def _magnitudes(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield flat, freshly allocated chunks of magnitudes that together hold every element once, in any order."""
+def chunks(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield flat tensors of at most ``CHUNK`` elements that together hold every element once, in any order."""
     pending: list[Tensor] = []
-    for tensor in tensors:
+    for part in parts:
         # In the order of memory, so that flattening copies nothing.
-        flat = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).flatten()
-        if pending and sum(t.numel() for t in pending) + flat.numel() > _CHUNK:
-            yield _magnitude(pending, dtype)
+        flat = part.permute(sorted(range(part.ndim), key=part.stride, reverse=True)).flatten()
+        if pending and sum(t.numel() for t in pending) + flat.numel() > CHUNK:
+            yield from torch.split(torch.cat(pending) if len(pending) > 1 else pending[0], CHUNK)
             pending = []
         pending.append(flat)
-    yield _magnitude(pending, dtype)
+    yield from torch.split(torch.cat(pending) if len(pending) > 1 else pending[0], CHUNK)
 
 
-def _magnitude(flat: list[Tensor], dtype: torch.dtype) -> Tensor:
-    if len(flat) == 1:
-        return flat[0].to(dtype).abs()
-    return torch.cat([part.to(dtype) for part in flat]).abs_()
+def _drop_last(tensors: Sequence[Tensor], masks: list[Tensor], ties: list[Tensor], surplus: int) -> None:
+    """Take the last of the equal entries out of the masks, in place."""
+    counts = sum_each([tie.count_nonzero() for tie in ties], tensors).tolist()
+    for tensor, mask, tie, count in reversed(list(zip(tensors, masks, ties, counts, strict=True))):
+        drop = tie.flatten().nonzero().squeeze(1)
+        if count > surplus:
+            at = positions(tensor, tie)
+            drop = drop[at >= _nth(at, count - surplus, ranks_of(tensor))]
+        mask.copy_(mask.flatten().index_fill_(0, drop, False).view(mask.shape))
+        surplus -= count
+        if surplus <= 0:
+            return
+
+
+def _nth(numbers: Tensor, n: int, ranks: Ranks) -> int:
+    """The n-th smallest of distinct integers in ``[0, 2 ** 48)``, in ascending order on each rank."""
+    if not ranks:
+        return int(numbers[n])
+    prefix = 0
+    for shift in (2 * _BITS, _BITS, 0):
+        within = numbers[numbers >> (shift + _BITS) == prefix] >> shift
+        ends = sum_over(ranks, torch.bincount(within & (1 << _BITS) - 1, minlength=1 << _BITS)).cumsum(0)
+        digit = int((ends <= n).sum())
+        n -= int(ends[digit - 1]) if digit else 0
+        prefix = prefix << _BITS | digit
+    return prefix

@@ -56,11 +56,12 @@ class Sparsity(Metric):
             module: The module with the weights.
             *inputs: Unused; they let one collection hold this metric and :class:`SparseFLOPs`.
         """
-        for target in find_targets(module, targets=self.targets, ignore=self.ignore):
-            if target.treated or target.reason == "frozen":  # what cannot be trained can still be counted
-                size = target.parameter.numel()
-                self.zeros += size - count_nonzeros(target.parameter)
-                self.total += size
+        verdicts = find_targets(module, targets=self.targets, ignore=self.ignore)
+        # What cannot be trained can still be counted.
+        weights = [verdict.parameter for verdict in verdicts if verdict.treated or verdict.reason == "frozen"]
+        total = sum(weight.numel() for weight in weights)
+        self.zeros += total - int(count_nonzeros(weights).sum())
+        self.total += total
 
     def compute(self) -> Tensor:
         """Return the fraction of zeros in ``[0, 1]``, or NaN if no weight was selected."""

@@ -5,10 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from lightning_sparse.flops import readable
-from lightning_sparse.functional import count_zeros
 
 __all__ = ["Report", "Row"]
 
@@ -45,9 +42,9 @@ class Row:
         """Fraction of zeros, in ``[0, 1]``."""
         return None if self.zeros is None else self.zeros / max(1, self.numel)
 
-    def measured(self, weight: Tensor, threshold: float | None, flops: float | None) -> "Row":
+    def measured(self, zeros: int, threshold: float | None, flops: float | None) -> "Row":
         """Return the row with what has been found out."""
-        return dataclasses.replace(self, zeros=count_zeros(weight), threshold=threshold, flops=flops)
+        return dataclasses.replace(self, zeros=zeros, threshold=threshold, flops=flops)
 
 
 @dataclass(frozen=True)

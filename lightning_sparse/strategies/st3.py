@@ -92,11 +92,10 @@ class ST3(SparseTraining):
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Soft-threshold, then rescale the output channels."""
-        threshold = latent.state.get("threshold") if self.rescale else None
-        scale = None if threshold is None else functional.channel_scale(latent.theta, threshold, scratch=out)
-        super().project(latent, context, out)
-        if scale is not None:
-            out.mul_(scale)
+        if self.rescale and "threshold" in latent.state:
+            functional.rescaled_soft_threshold(latent.theta, latent.state["threshold"], out=out)
+        else:
+            super().project(latent, context, out)
 
 
 class ST3Sigma(ST3):

@@ -100,5 +100,4 @@ class STR(SparseTraining):
         """Chain rule through the threshold, for a gradient that has been scaled already."""
         s = latent.state["s"]
         sigma = s.detach().sigmoid()
-        pull = torch.dot(latent_grad.flatten(), latent.theta.sign().flatten())
-        s.grad = -sigma * (1 - sigma) * pull
+        s.grad = sigma * (1 - sigma) * functional.threshold_gradient(latent_grad, latent.theta)
