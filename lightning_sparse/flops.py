@@ -5,10 +5,9 @@ in ``FlopCount.uncounted``. The numbers are theoretical: they say nothing about 
 """
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import TracebackType
@@ -17,9 +16,11 @@ from typing import Any, Self
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_sparse._flop_handles import WORK, Value, Work
+from lightning_sparse._untouched import untouched
 from lightning_sparse.functional import count_nonzeros
 
 __all__ = ["FlopCount", "FlopRecorder", "count_flops", "readable"]
@@ -161,7 +162,7 @@ def count_flops(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> FlopCount:
     recorder = FlopRecorder(module)
     if not recorder.trace(module, inputs, kwargs):
         call = _Flat(module, inputs, kwargs)
-        with _untouched(module), recorder:
+        with untouched(module), recorder:
             call.run(*call.tensors)
     return recorder.count()
 
@@ -198,8 +199,10 @@ class FlopRecorder:
             if isinstance(submodule, torch.jit.ScriptModule):
                 self._uncounted[f"TorchScript module `{name}`"] += 1  # it takes no hooks
                 continue
-            # First of all hooks: the trace runs the others itself, on the inputs as the caller gave them.
-            before = submodule.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            # First of all hooks: the trace runs the others itself, on the inputs as the caller gave them. Only that of
+            # FSDP2, which gathers the weights, cannot be traced and has to be behind us.
+            first = not isinstance(submodule, FSDPModule)
+            before = submodule.register_forward_pre_hook(self._before, prepend=first, with_kwargs=True)
             after = submodule.register_forward_hook(self._after, always_call=True)
             self._exit.callback(before.remove)
             self._exit.callback(after.remove)
@@ -224,12 +227,11 @@ class FlopRecorder:
         """
         names = {id(parameter): name for name, parameter in self._named_parameters()}
         try:
-            with _untouched(module):
+            with untouched(module):
                 macs, uncounted = _trace(_Flat(module, args, kwargs), [names[id(p)] for p in module.parameters()])
         except Exception as error:
             _log.debug("Tracing %s failed.", type(module).__name__, exc_info=True)
-            where = next(name for name, candidate in self.module.named_modules() if candidate is module)
-            label = f"`{where}` ({type(module).__name__})" if where else type(module).__name__
+            label = self._label(module)
             self._uncounted[f"all but the layers inside {label}, tracing raised {type(error).__name__}"] += 1
             self._failed.add(module)
             return False
@@ -252,6 +254,10 @@ class FlopRecorder:
         }
         return FlopCount(by_layer, self._macs[_REST], densities, dict(self._uncounted), aliases)
 
+    def _label(self, module: nn.Module) -> str:
+        where = next(name for name, candidate in self.module.named_modules() if candidate is module)
+        return f"`{where}` ({type(module).__name__})" if where else type(module).__name__
+
     def _named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters under the names that they have without `torch.compile`."""
         for name, parameter in self.module.named_parameters(remove_duplicate=remove_duplicate):
@@ -260,7 +266,11 @@ class FlopRecorder:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace a call unless it is part of one that has been traced, or the module is known to be untraceable."""
         idle = self._inside is None and torch._C._get_tracing_state() is None  # of any recorder
-        if idle and module not in self._failed and not _is_redirected(module):
+        if not idle or module in self._failed or _is_redirected(module):
+            return
+        if _gathers_parts(module):
+            self._uncounted[f"all but the layers inside {self._label(module)}, whose parts are sharded"] = 1
+        else:
             self._inside = module  # the trace fires these hooks too
             self._inside = module if self.trace(module, args, kwargs) else None
 
@@ -276,6 +286,11 @@ def _is_redirected(module: nn.Module) -> bool:
     return forward is not None and not hasattr(forward, "_torchdynamo_orig_callable")
 
 
+def _gathers_parts(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers weights while the module runs, which cannot be traced."""
+    return any(isinstance(part, FSDPModule) for part in module.modules() if part is not module)
+
+
 class _Flat(nn.Module):
     """Show a call as a function from tensors to tensors, which is all that the tracer accepts.
 
@@ -285,7 +300,8 @@ class _Flat(nn.Module):
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         super().__init__()
-        self.call: Callable[..., Any] = module.__call__
+        # What FSDP2 does around the call of its module has been done.
+        self.call: Callable[..., Any] = module.forward if isinstance(module, FSDPModule) else module.__call__
         self._parameters.update({str(i): parameter for i, parameter in enumerate(module.parameters())})
         self._buffers.update({f"buffer{i}": buffer for i, buffer in enumerate(module.buffers())})
         self.leaves, self.spec = tree_flatten((args, dict(kwargs)))
@@ -338,49 +354,6 @@ def _trace(flat: _Flat, names: list[str]) -> tuple[Counter[str], Counter[str]]:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle(**{name: make_handle(count) for name, count in WORK.items()})
     return analysis.by_operator(), analysis.unsupported_ops()
-
-
-@contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Run eagerly in evaluation mode, without gradients or warnings, and then put everything back."""
-    modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    states = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
-    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    with torch.random.fork_rng(sorted(devices)), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)  # it fuses a whole encoder layer into one operator
-            torch.set_autocast_cache_enabled(False)  # a weight cast before the trace would look like a constant
-            for m, state, _ in states:
-                m.training = False  # not `m.eval()`, which modules override to do more
-                _run_eagerly(m, state)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            torch.set_autocast_cache_enabled(cache)
-            for m, state, own_buffers in states:
-                _restore_dict(vars(m), state)
-                _restore_dict(m._buffers, own_buffers)
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
-
-
-def _run_eagerly(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bypass `torch.compile` until the attributes of the module are restored: compiled code cannot be traced."""
-    original = getattr(state.get("forward"), "_torchdynamo_orig_callable", None)
-    if original is not None:
-        vars(module)["forward"] = original
-    if state.get("_compiled_call_impl") is not None:
-        vars(module)["_compiled_call_impl"] = None
-
-
-def _restore_dict(current: dict[str, Any], saved: dict[str, Any]) -> None:
-    for name in current.keys() - saved.keys():
-        del current[name]
-    current.update(saved)
 
 
 def readable(macs: float) -> str:

@@ -20,7 +20,8 @@ ARROW = {
     "strategies": {"functional", "schedules", "engine", "strategies"},
     "metrics": {"functional", "engine.targets", "flops", "metrics"},
     "_flop_handles": set(),
-    "flops": {"_flop_handles", "flops", "functional"},
+    "_untouched": set(),
+    "flops": {"_flop_handles", "_untouched", "flops", "functional"},
     "reports": {"functional", "engine.targets", "flops", "reports"},
     "export": {"functional", "engine.targets", "export"},
 }

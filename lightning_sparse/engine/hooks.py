@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sparse.engine.account import Account, batch_size
+from lightning_sparse.engine.agreement import check_agreement
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
@@ -210,7 +211,8 @@ class TrainingHooks(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when a training epoch ends. Logs sparsity and FLOPs, warns of weights that have vanished."""
+        """Called when a training epoch ends. Compares the ranks, logs sparsity and FLOPs, warns of vanished weights."""
+        check_agreement(type(self).__name__, trainer, self._weights.latents.values())
         self._publish(trainer, log=True)
         for name in [name for name, density in self._weights.densities.items() if not density]:
             if name not in self._vanished:

@@ -187,7 +187,8 @@ class LatentWeights:
         self._exposed.clear()
         if interrupted:
             self._learner.forget()
-        if self._stale:
+        # One rank alone cannot select among weights that it shares with others.
+        if self._stale and not (everything and any(is_sharded(latent.weight) for latent in self.latents.values())):
             self._select(self.latents.values(), context)
         self._project(self.latents.values() if everything or self._stale else interrupted, context)
         self._stale = False
