@@ -27,9 +27,9 @@ def check_agreement(method: str, trainer: pl.Trainer, latents: Iterable[Latent])
     differs = (everywhere != everywhere[0]).any(0).tolist()
     if any(differs):
         raise RuntimeError(
-            f"The ranks hold different masks or thresholds of `{latents[differs.index(True)].name}`, and"
-            f" {sum(differs) - 1} other weights of `{method}`: they do not train the same model. Start every rank from the"
-            " same weights, and change weights during training on all ranks alike."
+            f"The ranks hold different masks or thresholds of `{latents[differs.index(True)].name}` and"
+            f" {sum(differs) - 1} other weights of `{method}`: they do not train the same model. Start every rank from"
+            " the same weights, and change weights during training on all ranks alike."
         )
 
 
@@ -41,5 +41,5 @@ def _checksum(latent: Latent) -> int:
     return checksum
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
