@@ -90,6 +90,7 @@ class TrainingHooks(pl.Callback):
         last = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
         trainer.callbacks = [self._first, *others[:last], self, *others[last:]]  # type: ignore[attr-defined]
         self._max_epochs, self._attached = trainer.max_epochs, False
+        self._account = Account()
         self._restored = None  # what a test has loaded; what this fit resumes from is loaded later
 
     @override

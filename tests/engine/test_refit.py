@@ -80,6 +80,17 @@ def test_second_fit_of_another_model_starts_from_its_weights(setting):
     assert_same(snapshot(other), snapshot(fresh))
 
 
+@pytest.mark.parametrize("make_model", [Classifier, Gan])
+def test_every_fit_has_its_own_account_of_flops(make_model):
+    callback, fresh = SETTINGS["GMP"].build(), SETTINGS["GMP"].build()
+    fit(Classifier(), callback)
+    fit(make_model(), callback, max_epochs=5)
+    fit(make_model(), fresh, max_epochs=5)
+    assert callback.metrics() == fresh.metrics()
+    assert fresh.metrics()["flops/training_total"] > 0
+    assert callback.report().to_dict() == fresh.report().to_dict()
+
+
 @some_strategies
 @pytest.mark.parametrize("precisions", [("32-true", "bf16-true"), ("bf16-true", "64-true")])
 def test_second_fit_in_another_precision(setting, precisions):
