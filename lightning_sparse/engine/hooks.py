@@ -18,7 +18,7 @@ from lightning_sparse.engine.agreement import check_agreement
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
-from lightning_sparse.engine.steps import StepWatch
+from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped
 from lightning_sparse.engine.targets import Target, find_targets
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
 from lightning_sparse.reports import Report, Row, show_report, show_targets
@@ -168,15 +168,19 @@ class TrainingHooks(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Called before ``optimizer.step`` and before gradients are clipped. Shows the latents to the optimizer."""
-        if self._trains(trainer):
+        takes_place, scale = foresee(getattr(trainer.precision_plugin, "scaler", None), optimizer)
+        if takes_place and self._trains(trainer):
             self._weights.bind(pl_module)
-            self._weights.expose(optimizer, self._context())
+            self._weights.expose(optimizer, self._context(), scale)
 
     def _trains(self, trainer: pl.Trainer) -> bool:
         """Whether steps are ours: a learning rate finder removes callbacks, SWA makes a last pass for BatchNorm."""
         return self in _callbacks(trainer) and not trainer.fit_loop._skip_backward
 
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        if has_skipped(optimizer):
+            self._weights.withdraw(optimizer, self._context())
+            return
         stepped = self._weights.stepped(optimizer, trainer.optimizers.index(optimizer), self._context)
         if not stepped and self._trains(trainer):
             raise MisconfigurationException(

@@ -1,12 +1,39 @@
-"""Being told of the steps of optimizers."""
+"""Being told of the steps of optimizers, and which of them are none."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from typing import Any
 
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StepWatch"]
+__all__ = ["StepWatch", "foresee", "has_skipped"]
+
+
+def foresee(scaler: Any, optimizer: Optimizer) -> tuple[bool, float]:
+    """What a gradient scaler will make of the step that an optimizer is about to take.
+
+    Args:
+        scaler: That of the Trainer's precision; None without one.
+        optimizer: Its gradients are there.
+
+    Returns:
+        Whether the step will be taken, and the factor that the gradients still carry. A fused kernel unscales them and
+        finds overflows itself, so that only :func:`has_skipped` knows whether it took the step.
+    """
+    if not isinstance(scaler, GradScaler) or not scaler.is_enabled():
+        return True, 1.0
+    overflows = scaler._found_inf_per_device(optimizer)
+    if not overflows and getattr(optimizer, "_step_supports_amp_scaling", False):
+        return True, scaler.get_scale()
+    # Without a loss there was nothing to unscale, and there will be no step.
+    return bool(overflows) and not any(overflows.values()), 1.0
+
+
+def has_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused kernel has just left everything as it was because a gradient was not finite."""
+    return bool(getattr(optimizer, "found_inf", False))
 
 
 class StepWatch:

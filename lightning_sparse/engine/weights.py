@@ -125,8 +125,14 @@ class LatentWeights:
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def expose(self, optimizer: Optimizer, context: Context) -> None:
-        """Map gradients to the latents and put the latents into the parameters, just before the optimizer steps."""
+    def expose(self, optimizer: Optimizer, context: Context, scale: float = 1.0) -> None:
+        """Map gradients to the latents and put the latents into the parameters, just before the optimizer steps.
+
+        Args:
+            optimizer: Is about to step.
+            context: Where training stands.
+            scale: Factor that the gradients carry, and that the optimizer will take away.
+        """
         by_parameter = {id(latent.weight): latent for latent in self.latents.values()}
         groups = [(by_parameter.get(id(p)), group) for group in optimizer.param_groups for p in group["params"]]
         hosted = [(latent, group) for latent, group in groups if latent is not None]
@@ -135,9 +141,14 @@ class LatentWeights:
         for latent, _ in hosted:
             grad = latent.weight.grad
             if grad is not None:
+                if scale != 1.0:
+                    grad.div_(scale)
                 latent_grad = self._pull_back(latent, grad, context)
                 if latent_grad is not grad:
+                if latent_grad is not grad:
                     local(grad).copy_(local(latent_grad))
+                if scale != 1.0:
+                    grad.mul_(scale)
         self._sum_learned(latent for latent, _ in hosted)
         # In this order, so that an interrupt at any moment loses nothing.
         _copy((latent.weight, latent.dense) for latent, _ in hosted)
@@ -173,6 +184,13 @@ class LatentWeights:
         self.steps[index] = self.steps.get(index, 0) + 1
         self._update([latent for latent, _ in hosted], context(self.steps[index]))
         return True
+
+    @torch.no_grad()
+    def withdraw(self, optimizer: Optimizer, context: Context) -> None:
+        """Show the network what it saw before: the optimizer has not stepped after all."""
+        hosted = self._exposed.pop(id(optimizer), [])
+        self._learner.forget()
+        self._project([latent for latent, _ in hosted], context)
 
     @torch.no_grad()
     def settle(self, context: Context, *, everything: bool = False) -> None:

@@ -23,14 +23,14 @@ class Net(L.LightningModule):
     The activations are smooth: a rounding error that moves an input of a relu across zero would change the gradient.
     """
 
-    def __init__(self, configure, dtype=torch.float64):
+    def __init__(self, configure, dtype=torch.float64, interval="step"):
         super().__init__()
         self.stem = nn.Conv2d(2, 8, 3, padding=1, bias=False, dtype=dtype)
         self.norm = nn.BatchNorm2d(8, dtype=dtype)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, dtype=dtype)
         self.grouped = nn.Conv2d(8, 12, 1, groups=2, dtype=dtype)
         self.head = nn.Linear(12 * 4, 5, dtype=dtype)
-        self.configure = configure
+        self.configure, self.interval = configure, interval
 
     def forward(self, x):
         x = F.silu(self.norm(self.stem(x)))
@@ -42,11 +42,16 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer, scheduler = self.configure(dict(self.named_parameters()))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
 
-def host(optimizer, lr, **settings):
-    """A function that makes the optimizer, in three groups, and a schedule that changes the rate at every step."""
+def waves(optimizer):
+    """A schedule that changes the rate at every step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.6 + 0.4 * math.cos(step / 7))
+
+
+def host(optimizer, lr, schedule=waves, **settings):
+    """A function that makes the optimizer, in three groups, and its schedule."""
 
     def configure(thetas):
         groups = [
@@ -55,7 +60,7 @@ def host(optimizer, lr, **settings):
             {"params": [thetas["head.weight"]], "lr": lr / 2},
         ]
         stepped = optimizer(groups, lr=lr, **settings)
-        return stepped, torch.optim.lr_scheduler.LambdaLR(stepped, lambda step: 0.6 + 0.4 * math.cos(step / 7))
+        return stepped, schedule(stepped)
 
     return configure
 
@@ -74,17 +79,28 @@ def make_data(dtype=torch.float64):
 
 
 def differences(
-    callback, reference, *, host="sgd", dtype=torch.float64, epochs=EPOCHS, accumulate=1, clip=None, **flags
+    callback,
+    reference,
+    *,
+    host="sgd",
+    dtype=torch.float64,
+    epochs=EPOCHS,
+    accumulate=1,
+    clip=None,
+    interval="step",
+    **flags,
 ):
     """Train both ways and return the largest difference of each kind of tensor, and how many entries are off."""
-    net, data = Net(HOSTS[host], dtype), make_data(dtype)
+    configure = HOSTS.get(host, host)
+    net, data = Net(configure, dtype, interval), make_data(dtype)
     twin = copy.deepcopy(net)
     method = reference(dict(twin.named_parameters()))
     trainer = make_trainer(
         callback, max_epochs=epochs, accumulate_grad_batches=accumulate, gradient_clip_val=clip, **flags
     )
     trainer.fit(net, data)
-    train(twin, method, list(data), epochs=epochs, configure=HOSTS[host], accumulate=accumulate, clip=clip)
+    settings = {"epochs": epochs, "accumulate": accumulate, "clip": clip, "interval": interval}
+    train(twin, method, list(data), configure=configure, **settings)
 
     names = method.names
     assert sorted(callback.targets) == sorted(names)

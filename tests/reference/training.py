@@ -10,7 +10,7 @@ from torch.func import functional_call
 from tests.reference.functional import cubic, gradient_annealing_decay
 
 
-def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None):
+def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None, interval="step"):
     """Call the network with projected latents, differentiate through the projection, step the latents.
 
     ``configure`` makes the host optimizer and the scheduler from parameters; learned scalars get an SGD of their own.
@@ -18,6 +18,7 @@ def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None):
     thetas = dict(net.named_parameters())
     host, schedule = configure(thetas)
     learner, scalars = learner_of(method, thetas, host)
+    followed = ("lr", "momentum") if isinstance(host, torch.optim.SGD) else ("lr",)
     for epoch in range(epochs):
         for index, (x, y) in enumerate(batches):
             method.epoch = epoch
@@ -28,14 +29,17 @@ def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None):
                 if clip is not None:
                     nn.utils.clip_grad_norm_(thetas.values(), clip)
                 for group, hosted in scalars:
-                    group["lr"] = hosted["lr"]
+                    group.update({key: hosted[key] for key in followed})
                 host.step()
                 learner.step()
                 host.zero_grad()
                 learner.zero_grad()
                 method.after_step(epoch, index + 1, len(batches))
-                schedule.step()
+                if interval == "step":
+                    schedule.step()
             method.after_batch(epoch)
+        if interval == "epoch":
+            schedule.step()
     return thetas
 
 
