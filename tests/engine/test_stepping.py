@@ -8,15 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
 
 from lightning_sparse import AutoSparse, SparseTraining
 from tests.helpers.assertions import assert_same, assert_sparse
-from tests.helpers.models import BATCHES, Classifier, Gan, Loader, fit, make_net, make_trainer, snapshot
+from tests.helpers.by_hand import Windows, train_by_hand
+from tests.helpers.models import BATCHES, Classifier, Gan, Loader, fit, make_trainer, snapshot
+from tests.helpers.probes import LateProbe, Probe
 from tests.helpers.side_by_side import EPOCHS, WEIGHTS, assert_equal_training, host
 from tests.helpers.strategies import every_strategy, parametrize, some_strategies
 from tests.reference import training as reference
-from tests.reference.training import largest
 
 KERNELS = {
     "plain-sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2, foreach=False),
@@ -143,9 +143,15 @@ def test_a_skipped_step_changes_nothing_whoever_steps(setting, make_model, kerne
 class OverflowingGan(Gan):
     """Every third step of either optimizer overflows."""
 
-    def __init__(self, twin=False):
+    def __init__(self, fused, twin=False):
         super().__init__()
-        self.twin, self.calls = twin, itertools.count()
+        self.fused, self.twin, self.calls = fused, twin, itertools.count()
+
+    def configure_optimizers(self):
+        return (
+            torch.optim.Adam(self.generator.parameters(), lr=0.01, fused=self.fused),
+            torch.optim.SGD(self.critic.parameters(), lr=0.05, momentum=0.9, fused=self.fused),
+        )
 
     def step(self, optimizer, loss, **kwargs):
         optimizer.zero_grad()
@@ -156,8 +162,9 @@ class OverflowingGan(Gan):
 
 
 @some_strategies
-def test_a_skipped_step_of_one_optimizer_is_none_of_the_other(setting):
-    assert_skipping_changes_nothing(OverflowingGan, setting)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_of_one_optimizer_is_none_of_the_other(setting, fused):
+    assert_skipping_changes_nothing(functools.partial(OverflowingGan, fused), setting)
 
 
 class Clipping(SparseTraining):
@@ -208,48 +215,6 @@ class Executions(Callback):
 
     def count(self, index, *_):
         self.counts[index] += 1
-
-
-class Windows(Classifier):
-    """Steps each optimizer at the end of windows of its own length, the last of which may be incomplete."""
-
-    def __init__(self, make_optimizers, windows=(1, 1)):
-        super().__init__(make_net(norm=False, dropout=0.0))
-        self.make_optimizers, self.windows, self.automatic_optimization = make_optimizers, windows, False
-
-    def configure_optimizers(self):
-        return self.make_optimizers(dict(self.net.named_parameters()))
-
-    def training_step(self, batch, batch_idx):
-        self.manual_backward(self.compute_loss(batch))
-        optimizers = self.optimizers()
-        step_due(optimizers if isinstance(optimizers, list) else [optimizers], self.windows, batch_idx)
-
-
-def step_due(optimizers, windows, batch_idx):
-    for optimizer, window in zip(optimizers, windows, strict=False):
-        if (batch_idx + 1) % window == 0 or batch_idx + 1 == BATCHES:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def train_by_hand(model, sparsity=0.6):
-    """The same as a plain loop over dense parameters, with the largest of them as inputs of the network."""
-    optimizers, parameters = model.configure_optimizers(), dict(model.net.named_parameters())
-    names = [name for name, parameter in parameters.items() if parameter.ndim > 1]
-    thetas = [parameters[name].detach() for name in names]
-    size = sum(theta.numel() for theta in thetas)
-    for _ in range(3):
-        for index, (images, labels) in enumerate(Loader()):
-            masks = dict(zip(names, largest(thetas, size - round(sparsity * size)), strict=True))
-            shown = {name: p.detach() * masks.get(name, 1) for name, p in parameters.items()}
-            output = torch.func.functional_call(model.net, {k: w.requires_grad_() for k, w in shown.items()}, images)
-            nn.functional.cross_entropy(output, labels).backward()
-            for name, parameter in parameters.items():
-                grad = shown[name].grad
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-            step_due(optimizers, model.windows, index)
-    return dict(zip(names, zip(thetas, largest(thetas, size - round(sparsity * size)), strict=True), strict=True))
 
 
 def matrices(parameters):
@@ -304,6 +269,49 @@ def test_any_optimizers_with_any_windows_equal_a_plain_loop(make_optimizers, win
     for name, (theta, mask) in train_by_hand(twin).items():
         assert torch.equal(callback.mask(f"net.{name}"), mask)
         assert_same(callback.latent(f"net.{name}"), theta, name)
+
+
+class MasterSGD(torch.optim.Optimizer):
+    """Updates a float32 copy of its own, and overwrites the parameter from that."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                if not state:
+                    state["master"] = parameter.float()
+                state["master"].sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+                parameter.copy_(state["master"])
+        return loss
+
+
+def make_master(parameters):
+    return [MasterSGD(parameters.values(), lr=1e-3)]  # most updates are below the resolution of a bfloat16
+
+
+def test_an_optimizer_with_a_master_copy_equals_a_plain_loop():
+    model, callback = Windows(make_master), SparseTraining(0.6, end=0.0, verbose=False)
+    trainer = make_trainer(callback, precision="bf16-true")
+    trainer.fit(model, Loader(), Loader())
+    for name, (theta, mask) in train_by_hand(Windows(make_master), torch.bfloat16).items():
+        assert torch.equal(callback.mask(f"net.{name}"), mask)
+        assert_same(callback.latent(f"net.{name}"), theta, name)
+        master = trainer.optimizers[0].state[model.net.get_parameter(name)]["master"]
+        assert_same(callback.latent(f"net.{name}"), master.bfloat16())
+
+
+@parametrize("AutoSparse", "GMP")
+@pytest.mark.parametrize("make_optimizers", [make_master, make_muon_and_adamw])
+def test_weights_are_sparse_whatever_an_optimizer_writes_into_them(setting, make_optimizers):
+    model, callback = Windows(make_optimizers), setting.build()
+    precision = "bf16-true" if make_optimizers is make_master else "32-true"
+    fit(model, Probe(callback), callback, LateProbe(callback), precision=precision)
+    assert 0.2 < callback.sparsity < 0.9
 
 
 @parametrize("AutoSparse", "GMP")
