@@ -15,8 +15,8 @@ __all__ = ["Learner"]
 class Learner:
     """SGD that follows, at every step, the settings with which the host optimizer treats the weight.
 
-    The learning rate is that of the weight's parameter group. Momentum, dampening and Nesterov flag are the host's if
-    it is SGD, else momentum 0.9. Weight decay is the method's own.
+    Learning rate and direction (``maximize``) are those of the weight's parameter group. Momentum, dampening and
+    Nesterov flag are the host's if it is SGD, else momentum 0.9. Weight decay is the method's own.
 
     Args:
         latents: Their learnable tensors are stepped.
@@ -43,9 +43,9 @@ class Learner:
         for latent, group in hosts:
             for key in latent.learned:
                 own = self._groups[f"{latent.name}/{key}"]
-                own["lr"] = float(group["lr"])
+                own.update(lr=float(group["lr"]), maximize=group.get("maximize", False))
                 if isinstance(host, torch.optim.SGD):
-                    own.update({k: group[k] for k in ("momentum", "dampening", "nesterov", "maximize")})
+                    own.update({k: group[k] for k in ("momentum", "dampening", "nesterov")})
         self._sgd.step()
         self._sgd.zero_grad()
 
