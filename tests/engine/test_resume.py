@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 import lightning_sparse as ls
 from tests.helpers.assertions import assert_different, assert_same, assert_sparse, count_sparsity
-from tests.helpers.models import Classifier, Gan, Loader, ManualClassifier, Saver, fit, make_trainer, snapshot
+from tests.helpers.models import Classifier, Gan, Loader, ManualClassifier, Saver, fit, make_trainer, outcome, snapshot
 from tests.helpers.strategies import SETTINGS, every_strategy, parametrize, some_strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -18,15 +18,7 @@ def run(callbacks, make_model=Classifier, ckpt_path=None, **flags):
     """Train; return all that must be the same at the end."""
     model = make_model()
     trainer = fit(model, *callbacks, *([Saver()] if ckpt_path is None else []), ckpt_path=ckpt_path, **flags)
-    return {
-        "model": snapshot(model),
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "callbacks": [callback.state_dict() for callback in callbacks],
-        "metrics": [callback.metrics() for callback in callbacks],
-        "reports": [callback.report().to_dict() for callback in callbacks],
-        "logged": {key: value for key, value in trainer.callback_metrics.items() if key != "sparsity"},
-        "random": torch.get_rng_state(),
-    }
+    return outcome(trainer, model, *callbacks)
 
 
 def check_resume(make_callbacks, checkpoints, **kwargs):

@@ -242,3 +242,16 @@ def fit(model: L.LightningModule, *callbacks: Callback, ckpt_path: str | None = 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(model.state_dict())
+
+
+def outcome(trainer: L.Trainer, model: nn.Module, *callbacks: Any) -> dict[str, Any]:
+    """All that must be the same at the end of two runs that are to be the same."""
+    return {
+        "model": snapshot(model),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "callbacks": [callback.state_dict() for callback in callbacks],
+        "metrics": [callback.metrics() for callback in callbacks],
+        "reports": [callback.report().to_dict() for callback in callbacks],
+        "logged": {key: value for key, value in trainer.callback_metrics.items() if key != "sparsity"},
+        "random": torch.get_rng_state(),
+    }

@@ -1,0 +1,126 @@
+"""Law 4 under SIGKILL, exceptions and a full disk at arbitrary moments: training ends as if nothing had happened.
+
+Every moment is drawn from a seed: a line of Python among all that a whole training executes in some part of the
+programs, a time, or a number of bytes.
+"""
+
+import multiprocessing
+import random
+import shutil
+import signal
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.helpers.assertions import assert_same, count_sparsity
+from tests.helpers.killed import FAILED, FINISHED, PLACES, RAISED, Fault, Life, newest, readable, serve
+from tests.helpers.models import Classifier
+from tests.helpers.strategies import SETTINGS
+
+pytestmark = pytest.mark.xdist_group("kills")
+
+KILLED = -signal.SIGKILL
+KILLS = -(-200 // len(SETTINGS))  # of every strategy, so that there are 200 in all
+CHECKPOINTS, SMALLEST, SECONDS = 6, 25_000, 0.3  # bytes, and the duration of a training without a tracer, roughly
+
+
+@pytest.fixture(scope="module")
+def lives():
+    """Send a life, receive how it ended. The process that forks them has neither threads nor a process group."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(theirs,))
+    server.start()
+    yield ours
+    server.terminate()
+    server.join()
+
+
+def draw(kind, lines, rng):
+    """A fault of this kind at a random moment."""
+    if kind in ("cut", "full"):
+        return Fault(kind, rng.randrange(1, CHECKPOINTS), rng.randrange(SMALLEST))
+    if kind == "alarm":
+        return Fault(kind, None, rng.uniform(0.0, SECONDS))
+    place = rng.choice(PLACES)
+    return Fault(kind, place, rng.randrange(1, 1 + sum(n for path, n in lines.items() if place in path)))
+
+
+def live(lives, life):
+    lives.send(life)
+    end = lives.recv()
+    assert end != FAILED, f"{life}\n{(life.folder / 'log').read_text()}"
+    return end
+
+
+def check_newest(folder):
+    """The newest checkpoint holds a model as sparse as was logged, which loads without our callback."""
+    checkpoint = newest(folder, "step=*.ckpt")
+    if checkpoint is not None:
+        model = Classifier.load_from_checkpoint(checkpoint, weights_only=True)
+        states = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+        names = next(list(state["latents"]) for state in states if "latents" in state)
+        assert f"{count_sparsity(model, names):.6f}" == checkpoint.stem.partition("sparsity=")[2]
+
+
+def torment(lives, folder, name, kinds, deaths, *, in_place=False):
+    """Let training die so often; compare whatever reaches its end with the undisturbed training.
+
+    Returns:
+        How often each way of ending occurred, and under ``"torn"`` how many unreadable checkpoints were met.
+    """
+    rng, ends = random.Random(f"{name} {kinds}"), Counter()
+    whole, disturbed = folder / "whole", folder / "disturbed"
+    whole.mkdir()
+    disturbed.mkdir()
+    assert live(lives, Life(whole, name)) == FINISHED
+    undisturbed = torch.load(whole / "end.pt", weights_only=False)
+    died = 0
+    while True:
+        fault = draw(rng.choice(kinds), undisturbed["lines"], rng) if died < deaths else None
+        end = live(lives, Life(disturbed, name, fault, in_place))
+        ends[end] += 1
+        ends["torn"] += sum(not readable(path) for path in disturbed.glob("*.ckpt"))
+        check_newest(disturbed)
+        if end != FINISHED:
+            died += 1
+            continue
+        actual, expected = torch.load(disturbed / "end.pt", weights_only=False)["outcome"], undisturbed["outcome"]
+        for key in expected.keys() - {"logged", "random"}:  # not restored if nothing was left to train
+            assert_same(actual[key], expected[key], f"{fault} {key}")
+        if fault is None:
+            return ends
+        shutil.rmtree(disturbed)
+        disturbed.mkdir()
+
+
+@pytest.mark.parametrize("name", ["ST3", "AutoSparse"])
+def test_whatever_happens_training_ends_as_if_nothing_had(lives, tmp_path, name):
+    torment(lives, tmp_path, name, ["kill", "alarm", "cut", "raise", "interrupt", "full"], 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_killed_at_any_moment(lives, tmp_path, name):
+    ends = torment(lives, tmp_path, name, ["kill", "kill", "alarm"], KILLS)
+    assert ends.keys() == {FINISHED, KILLED, "torn"}
+    assert ends[KILLED] >= KILLS
+    assert not ends["torn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_exception_on_any_line(lives, tmp_path, name):
+    ends = torment(lives, tmp_path, name, ["raise", "interrupt"], 10)
+    assert ends.keys() == {FINISHED, RAISED, "torn"}
+    assert not ends["torn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ST3", "TopKGradientAnnealing", "AutoSparse", "GMP"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_end_in_the_middle_of_a_file(lives, tmp_path, name, in_place):
+    ends = torment(lives, tmp_path, name, ["cut", "full"], 8, in_place=in_place)
+    assert ends.keys() == {FINISHED, RAISED, -signal.SIGXFSZ, "torn"}
+    assert (ends["torn"] > 0) == in_place  # Lightning itself moves a checkpoint to its place once it is whole
