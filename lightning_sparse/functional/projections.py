@@ -22,13 +22,14 @@ def exceeds(theta: Tensor, threshold: Tensor | float) -> Tensor:
         threshold: Number or scalar tensor :math:`\tau`.
 
     Returns:
-        Boolean tensor like ``theta``, True = kept.
+        Boolean tensor like ``theta``, True = kept; NaN is kept, so that it stays in sight.
 
     Example:
         >>> exceeds(torch.tensor([2.0, -1.0]), 1.0)
         tensor([ True, False])
     """
-    return theta.abs() > threshold
+    # Not `>`, which would prune a NaN and so hide it.
+    return (theta.abs() <= threshold).logical_not_()
 
 
 @elementwise
