@@ -32,7 +32,7 @@ class Learner:
         self._sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay) if groups else None
 
     def step(self, hosts: Iterable[tuple[Latent, dict[str, Any]]], host: torch.optim.Optimizer) -> None:
-        """Step the tensors that have a gradient.
+        """Step the tensors that have a gradient and whose weights still have one.
 
         Args:
             hosts: The latents to step, each with the parameter group in which its weight lives.
@@ -41,7 +41,9 @@ class Learner:
         if self._sgd is None:
             return
         for latent, group in hosts:
-            for key in latent.learned:
+            for key, tensor in latent.learned.items():
+                if latent.weight.grad is None:  # dropped on purpose, as by who skips a step after NaN
+                    tensor.grad = None
                 own = self._groups[f"{latent.name}/{key}"]
                 own.update(lr=float(group["lr"]), maximize=group.get("maximize", False))
                 if isinstance(host, torch.optim.SGD):

@@ -1,5 +1,6 @@
 """NaN and infinity in losses and gradients: they show, they can be skipped, and training goes on from before them."""
 
+from itertools import pairwise
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from tests.helpers.assertions import assert_same, assert_sparse
 from tests.helpers.models import Classifier, Saver, fit, outcome
 from tests.helpers.probes import LateProbe, Probe
-from tests.helpers.strategies import every_strategy, some_strategies
+from tests.helpers.strategies import every_strategy, parametrize, some_strategies
 
 pytestmark = [
     # NaN is not zero.
@@ -97,6 +98,20 @@ def test_what_is_not_finite_is_never_pruned_away(setting, value):
     for epoch in range(3):
         weights = torch.load(f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
         assert weights[SICK].isfinite().all() == (epoch == 0)
+
+
+@parametrize("ST3", "STR", "AutoSparse", "TopKGradientAnnealing", "GMP")
+@pytest.mark.parametrize("cure", ["training_step", "on_after_backward", "on_before_optimizer_step"])
+def test_a_batch_that_is_left_out_moves_nothing(setting, cure):
+    callback = setting.build()
+    probe, witness = Probe(callback), Witness(callback)
+    fit(Sick(loss=float("nan"), cure=cure), probe, callback, LateProbe(callback), witness)
+    assert all(witness.finite)
+    same = [torch.equal(one["latents"][SICK], other["latents"][SICK]) for one, other in pairwise(witness.moved)]
+    assert same[STEP - 1] or not callback.keeps_latent  # else the schedule has pruned more of the latents themselves
+    assert sum(same) <= 1
+    for key in ("learned", "momentum"):
+        assert_same(witness.moved[STEP][key], witness.moved[STEP - 1][key])
 
 
 @some_strategies
