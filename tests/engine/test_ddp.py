@@ -1,11 +1,9 @@
 """Law 5 as far as it goes without sharding: the ranks agree bit for bit, and together do what one process does."""
 
-import socket
-
 import pytest
 import torch
 
-from tests.helpers.ddp import run_rank, train
+from tests.helpers.ddp import find_port, run_rank, train
 from tests.helpers.strategies import SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
@@ -15,10 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
 def two_ranks(tmp_path_factory):
     """What two processes hold after training each strategy."""
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(run_rank, (find_port(), str(folder)), nprocs=2)
     return folder
 
 

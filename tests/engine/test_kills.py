@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.assertions import assert_same, count_sparsity
+from tests.helpers.ddp import find_port
 from tests.helpers.killed import FAILED, FINISHED, PLACES, RAISED, Fault, Life, newest, readable, serve
 from tests.helpers.models import Classifier
 from tests.helpers.strategies import SETTINGS
@@ -47,11 +48,13 @@ def draw(kind, lines, rng):
     return Fault(kind, place, rng.randrange(1, 1 + sum(n for path, n in lines.items() if place in path)))
 
 
-def live(lives, life):
-    lives.send(life)
-    end = lives.recv()
-    assert end != FAILED, f"{life}\n{(life.folder / 'log').read_text()}"
-    return end
+def live(lives, *together):
+    """Live lives, at the same time; return how they ended."""
+    lives.send(together)
+    ends = lives.recv()
+    for life, end in zip(together, ends, strict=True):
+        assert end != FAILED, f"{life}\n{life.log.read_text()}"
+    return ends
 
 
 def check_newest(folder):
@@ -74,25 +77,31 @@ def torment(lives, folder, name, kinds, deaths, *, in_place=False):
     whole, disturbed = folder / "whole", folder / "disturbed"
     whole.mkdir()
     disturbed.mkdir()
-    assert live(lives, Life(whole, name)) == FINISHED
-    undisturbed = torch.load(whole / "end.pt", weights_only=False)
+    undisturbed = Life(whole, name)
+    assert live(lives, undisturbed) == [FINISHED]
+    lines = torch.load(undisturbed.end, weights_only=False)["lines"]
     died = 0
     while True:
-        fault = draw(rng.choice(kinds), undisturbed["lines"], rng) if died < deaths else None
-        end = live(lives, Life(disturbed, name, fault, in_place))
+        fault = draw(rng.choice(kinds), lines, rng) if died < deaths else None
+        life = Life(disturbed, name, fault, in_place)
+        [end] = live(lives, life)
         ends[end] += 1
         ends["torn"] += sum(not readable(path) for path in disturbed.glob("*.ckpt"))
         check_newest(disturbed)
         if end != FINISHED:
             died += 1
             continue
-        actual, expected = torch.load(disturbed / "end.pt", weights_only=False)["outcome"], undisturbed["outcome"]
-        for key in expected.keys() - {"logged", "random"}:  # not restored if nothing was left to train
-            assert_same(actual[key], expected[key], f"{fault} {key}")
+        check_end(life, undisturbed)
         if fault is None:
             return ends
         shutil.rmtree(disturbed)
         disturbed.mkdir()
+
+
+def check_end(life, undisturbed):
+    actual, expected = (torch.load(one.end, weights_only=False)["outcome"] for one in (life, undisturbed))
+    for key in expected.keys() - {"logged", "random"}:  # not restored if nothing was left to train
+        assert_same(actual[key], expected[key], f"{life} {key}")
 
 
 @pytest.mark.parametrize("name", ["ST3", "AutoSparse"])
@@ -124,3 +133,33 @@ def test_the_end_in_the_middle_of_a_file(lives, tmp_path, name, in_place):
     ends = torment(lives, tmp_path, name, ["cut", "full"], 8, in_place=in_place)
     assert ends.keys() == {FINISHED, RAISED, -signal.SIGXFSZ, "torn"}
     assert (ends["torn"] > 0) == in_place  # Lightning itself moves a checkpoint to its place once it is whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ST3", "AutoSparse", "GMP"])
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_dies(lives, tmp_path, name, dying):
+    """The other rank notices at once and ends sparse, and both resume."""
+    rng, folders = random.Random(f"{name} {dying}"), [tmp_path / part for part in ("whole", "swap", "loop")]
+    whole, *places = folders
+    for folder in folders:
+        folder.mkdir()
+
+    def train(folder, faults=(None, None)):
+        port = find_port()
+        ranks = [Life(folder, name, fault, rank=rank, port=port) for rank, fault in enumerate(faults)]
+        return ranks, live(lives, *ranks)
+
+    undisturbed, ends = train(whole)
+    assert ends == [FINISHED, FINISHED]
+    counts = torch.load(undisturbed[dying].end, weights_only=False)["lines"]
+    for folder, place in zip(places, ("lightning_sparse/engine/weights", "lightning/pytorch/"), strict=True):
+        total = sum(n for path, n in counts.items() if place in path)
+        faults = [Fault("peer", None, 0)] * 2
+        faults[dying] = Fault("kill", place, rng.randrange(total // 4, total * 3 // 4))
+        assert sorted(train(folder, faults)[1]) == [KILLED, RAISED]
+        check_newest(folder)
+        ranks, ends = train(folder)
+        assert ends == [FINISHED, FINISHED]
+        for rank in (0, 1):
+            check_end(ranks[rank], undisturbed[rank])

@@ -1,6 +1,7 @@
 """A group of two processes that train every strategy, one after the other."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,26 @@ def train(name: str, rank: int | None = None) -> dict[str, Any]:
     return {**agreement.end, "metrics": callback.metrics(), "compared": agreement.compared}
 
 
+def find_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def process_group(rank: int, port: int) -> dict[str, str]:
+    """Environment of one of two processes that train together."""
+    return {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+        **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+    }
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
     """Called in each process; writes one file per strategy."""
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= process_group(rank, port)
     for name in SETTINGS:
         result = train(name, rank)
         if rank == 0:

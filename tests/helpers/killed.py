@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sparse import SparseTraining
 from tests.helpers.assertions import assert_same, assert_sparse
-from tests.helpers.models import Classifier, make_trainer, outcome, run
+from tests.helpers.ddp import process_group
+from tests.helpers.models import Classifier, ResumableLoader, make_trainer, outcome, run
 from tests.helpers.probes import LateProbe, Probe
 from tests.helpers.strategies import SETTINGS
 
@@ -44,7 +47,7 @@ class Fault:
     Attributes:
         kind: ``"kill"`` (SIGKILL), ``"raise"`` (an exception) or ``"interrupt"`` (Ctrl+C) before a line of Python;
             ``"alarm"`` (SIGKILL) at a time; ``"cut"`` (the process ends) or ``"full"`` (an exception) in the middle of
-            writing a file.
+            writing a file; ``"peer"`` (an exception) when another rank dies.
         place: Part of the paths of the files with that line; number of the checkpoint that does not fit.
         moment: How many lines, seconds or bytes it takes.
     """
@@ -63,12 +66,26 @@ class Life:
         name: The strategy, one of ``SETTINGS``.
         fault: What ends it; None to live and count lines.
         in_place: Whether checkpoints are written where they belong, so that death leaves half of one.
+        rank: Which of the processes that train together.
+        port: Where they meet; 0 for a single one.
     """
 
     folder: Path
     name: str
     fault: Fault | None = None
     in_place: bool = False
+    rank: int = 0
+    port: int = 0
+
+    @property
+    def end(self) -> Path:
+        """What a life that reaches its end leaves there."""
+        return self.folder / f"end-{self.rank}.pt"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder / f"log-{self.rank}"
 
 
 class Lines:
@@ -170,20 +187,25 @@ def live(life: Life) -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if fault.kind == "cut" else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         callbacks.append(FullDisk(fault.place, int(fault.moment)))
-    elif fault is not None and fault.kind != "alarm":
+    elif fault is not None and fault.kind not in ("alarm", "peer"):
         lines = Lines([fault.place], fault.moment, lambda: die(fault.kind))
-    trainer = make_trainer(*callbacks, log_every_n_steps=1, plugins=[InPlace()] if life.in_place else [])
+    flags: dict[str, Any] = {"plugins": [InPlace()] if life.in_place else []}
+    if life.port:
+        os.environ |= process_group(life.rank, life.port)
+        timeout = timedelta(seconds=60)  # never reached: a closed connection is noticed at once
+        flags |= {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timeout), "devices": 2}
+    trainer = make_trainer(*callbacks, log_every_n_steps=1, **flags)
     checkpoint, errors = newest(life.folder), ERRORS.get(fault.kind, ()) if fault is not None else ()
     try:
         if fault is None or lines.act is not None:
             sys.settrace(lines.trace)
-        run(trainer, model, None if checkpoint is None else str(checkpoint))
+        run(trainer, model, None if checkpoint is None else str(checkpoint), ResumableLoader(seed=life.rank))
     except errors:
         sys.settrace(None)
         check_the_dead(trainer, model, callback, restored)
         return RAISED
     sys.settrace(None)
-    torch.save({"outcome": outcome(trainer, model, callback), "lines": lines.counts}, life.folder / "end.pt")
+    torch.save({"outcome": outcome(trainer, model, callback), "lines": lines.counts}, life.end)
     return FINISHED
 
 
@@ -197,6 +219,7 @@ ERRORS: dict[str, Any] = {
     "raise": (FatalError, FileNotFoundError),
     "interrupt": SystemExit,
     "full": (OSError, RuntimeError),
+    "peer": RuntimeError,
 }
 
 
@@ -216,21 +239,25 @@ def check_the_dead(trainer: L.Trainer, model: L.LightningModule, callback: Spars
 
 
 def serve(connection: Connection) -> None:
-    """Live the lives that arrive, one after the other, and answer with their exit codes, negative for a signal."""
+    """Live the lives that arrive, those of a list together, and answer with their exit codes, negative for a signal."""
     torch.set_num_threads(1)
     while True:
-        life = connection.recv()
-        process = os.fork()
-        if process == 0:
-            status = FAILED
-            os.dup2(os.open(life.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
-            try:
-                status = live(life)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        if life.fault is not None and life.fault.kind == "alarm":
-            time.sleep(life.fault.moment)
-            os.kill(process, signal.SIGKILL)
-        connection.send(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        processes = [fork(life) for life in connection.recv()]
+        connection.send([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes])
+
+
+def fork(life: Life) -> int:
+    process = os.fork()
+    if process == 0:
+        status = FAILED
+        os.dup2(os.open(life.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+        try:
+            status = live(life)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if life.fault is not None and life.fault.kind == "alarm":
+        time.sleep(life.fault.moment)
+        os.kill(process, signal.SIGKILL)
+    return process

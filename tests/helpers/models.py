@@ -227,10 +227,12 @@ def make_trainer(*callbacks: Callback, **flags: Any) -> L.Trainer:
     return L.Trainer(callbacks=list(callbacks), **quiet | flags)
 
 
-def run(trainer: L.Trainer, model: L.LightningModule, ckpt_path: str | None = None) -> None:
+def run(
+    trainer: L.Trainer, model: L.LightningModule, ckpt_path: str | None = None, loader: Loader | None = None
+) -> None:
     """Train from the same seed on the same batches."""
     torch.manual_seed(1)
-    trainer.fit(model, ResumableLoader(), Loader(seed=1, batches=1), ckpt_path=ckpt_path)
+    trainer.fit(model, loader or ResumableLoader(), Loader(seed=1, batches=1), ckpt_path=ckpt_path)
 
 
 def fit(model: L.LightningModule, *callbacks: Callback, ckpt_path: str | None = None, **flags: Any) -> L.Trainer:
