@@ -76,5 +76,7 @@ class Clock:
         """Progress over a window, in ``[0, 1]``; before it 0, from its end on 1."""
         if position >= end:
             return 1.0
+        if position <= start:  # which may be the end
+            return 0.0
         # Rounded, so that 0.55 * 100 epochs end with the 55th epoch and not one step later.
-        return min(1.0, max(0.0, round((position - start) / (end - start), 12)))
+        return round((position - start) / (end - start), 12)

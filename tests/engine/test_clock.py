@@ -129,6 +129,19 @@ def test_progress_is_rounded_so_that_a_fraction_ends_with_its_epoch():
     assert clock.progress(clock.position(54, 6, 0), 0.0, end) < 1.0
 
 
+@pytest.mark.parametrize(("moment", "jump"), [(1, 4), (0.5, 6), (0.3, 4), (1.0, 12)])
+def test_a_ramp_without_length_is_a_jump(moment, jump):
+    callback, progress = Recording(start=moment, end=moment), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *args):
+            progress.append(callback._context().progress)
+
+    make_trainer(callback, Look(), max_epochs=3).fit(Classifier(), Loader(), Loader())
+    assert progress == [0.0] * (jump - 1) + [1.0] * (13 - jump)
+    assert callback.sparsity == 0.5
+
+
 @pytest.mark.parametrize("sized", [True, False])
 def test_alpha_is_annealed_over_steps_where_epochs_cannot_be_told(sized):
     callback, alphas = AutoSparse(threshold_init=-3.0, alpha_reset=None, verbose=False), []
