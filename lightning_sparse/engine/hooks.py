@@ -246,7 +246,9 @@ class TrainingHooks(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when fit ends. Prints the summary."""
+        """Called when fit ends. Takes the latents of a finished run that did not go on, and prints the summary."""
+        if self._restored is not None:
+            self._attach(trainer, pl_module)
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
             monitors = {getattr(callback, "monitor", None) for callback in _callbacks(trainer)}
@@ -338,7 +340,9 @@ class TrainingHooks(pl.Callback):
         return None if self._module is None else self._module()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": None, "_steps": StepWatch()}
+        # Lightning leaves methods of the model in `log` and `log_dict`: a copy would hold a copy of the model.
+        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**state, "_module": None, "_steps": StepWatch()}
 
     def __copy__(self) -> Self:
         return deepcopy(self)  # the parts of a callback refer to it

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
 
 from tests.helpers.assertions import assert_same, assert_sparse, describe
 from tests.helpers.models import Classifier, Gan, Loader, fit, make_net, run, snapshot
@@ -144,6 +145,16 @@ def test_copies_of_the_callback_train_alike(setting, duplicate):
     fit(models[2], trained)
     assert_same(callback.state_dict(), before)
     assert_same(snapshot(models[2]), snapshot(models[0]))
+
+
+@some_strategies
+def test_copies_of_a_trained_callback_hold_no_model(setting):
+    model, callback = Classifier(make_net(norm=False)), setting.build()
+    nn.utils.parametrizations.weight_norm(model.net[6])  # cannot be pickled
+    fit(model, callback)
+    assert pickle.loads(pickle.dumps(callback)).targets == callback.targets
+    copied = copy.deepcopy(callback)
+    assert not any(getattr(value, "__self__", None) is not None for value in vars(copied).values())
 
 
 def test_a_model_can_be_copied_and_pickled_after_training():

@@ -36,6 +36,14 @@ def test_resumed_run_equals_the_uninterrupted_one(setting, accumulate):
     check_resume(lambda: [setting.build()], checkpoints, accumulate_grad_batches=accumulate, max_epochs=4)
 
 
+@every_strategy
+def test_a_finished_run_that_is_resumed_knows_what_it_was(setting):
+    expected = run([setting.build()], limit_val_batches=0)  # nor a sanity check
+    resumed = run([setting.build()], ckpt_path="epoch=2.ckpt", limit_val_batches=0)
+    for key in ("model", "optimizers", "callbacks", "metrics", "reports"):
+        assert_same(resumed[key], expected[key], key)
+
+
 @some_strategies
 @pytest.mark.parametrize(
     ("make_model", "checkpoints"),

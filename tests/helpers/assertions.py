@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse import ST3, SparseTraining
+from lightning_sparse import SparseTraining
 from lightning_sparse.functional import channel_scale, soft_threshold
 
 
@@ -47,7 +47,7 @@ def project(callback: SparseTraining, name: str) -> Tensor:
     if threshold is None:
         return torch.where(callback.mask(name), theta, 0.0)
     weight = soft_threshold(theta, threshold)
-    return weight * channel_scale(theta, threshold) if isinstance(callback, ST3) else weight
+    return weight * channel_scale(theta, threshold) if getattr(callback, "rescale", False) else weight
 
 
 def count_sparsity(model: nn.Module, names: list[str] | None = None) -> float:
