@@ -249,6 +249,9 @@ class TrainingHooks(pl.Callback):
         """Called when fit ends. Takes the latents of a finished run that did not go on, and prints the summary."""
         if self._restored is not None:
             self._attach(trainer, pl_module)
+            loop = trainer.fit_loop
+            in_epoch = trainer.current_epoch < loop.epoch_progress.current.started
+            self._tick(trainer, loop.epoch_loop.batch_progress.current.ready if in_epoch else 0)
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
             monitors = {getattr(callback, "monitor", None) for callback in _callbacks(trainer)}

@@ -145,7 +145,6 @@ class LatentWeights:
                     grad.div_(scale)
                 latent_grad = self._pull_back(latent, grad, context)
                 if latent_grad is not grad:
-                if latent_grad is not grad:
                     local(grad).copy_(local(latent_grad))
                 if scale != 1.0:
                     grad.mul_(scale)

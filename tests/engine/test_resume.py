@@ -37,9 +37,14 @@ def test_resumed_run_equals_the_uninterrupted_one(setting, accumulate):
 
 
 @every_strategy
-def test_a_finished_run_that_is_resumed_knows_what_it_was(setting):
-    expected = run([setting.build()], limit_val_batches=0)  # nor a sanity check
-    resumed = run([setting.build()], ckpt_path="epoch=2.ckpt", limit_val_batches=0)
+@pytest.mark.parametrize(
+    ("flags", "checkpoint"),
+    [({}, "epoch=2"), ({"max_epochs": -1, "max_steps": 2}, "step=2"), ({"max_epochs": -1, "max_steps": 4}, "epoch=0")],
+)
+def test_a_finished_run_that_is_resumed_knows_what_it_was(setting, flags, checkpoint):
+    flags = {**flags, "limit_val_batches": 0}  # nor a sanity check
+    expected = run([setting.build()], **flags)
+    resumed = run([setting.build()], ckpt_path=f"{checkpoint}.ckpt", **flags)
     for key in ("model", "optimizers", "callbacks", "metrics", "reports"):
         assert_same(resumed[key], expected[key], key)
 
