@@ -250,7 +250,7 @@ class TrainingHooks(pl.Callback):
         if self._restored is not None:
             self._attach(trainer, pl_module)
             loop = trainer.fit_loop
-            in_epoch = trainer.current_epoch < loop.epoch_progress.current.started
+            in_epoch = trainer.current_epoch < loop.epoch_progress.current.started  # type: ignore[attr-defined]
             self._tick(trainer, loop.epoch_loop.batch_progress.current.ready if in_epoch else 0)
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
