@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from lightning_sparse.engine.callback import SparseTraining
-from lightning_sparse.engine.checkpoint import SparseModelCheckpoint
+from lightning_sparse.engine.checkpoint import SparseModelCheckpoint, consolidate_checkpoint
 from lightning_sparse.strategies import GMP, ST3, STR, AutoSparse, ST3Sigma, TopKGradientAnnealing
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "SparseModelCheckpoint",
     "SparseTraining",
     "TopKGradientAnnealing",
+    "consolidate_checkpoint",
 ]
 __version__ = version("lightning-sparse")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.helpers.assertions import assert_same, count_sparsity
-from tests.helpers.ddp import find_port
 from tests.helpers.killed import FAILED, FINISHED, PLACES, RAISED, Fault, Life, newest, readable, serve
 from tests.helpers.models import Classifier
+from tests.helpers.ranks import find_port
 from tests.helpers.strategies import SETTINGS
 
 pytestmark = pytest.mark.xdist_group("kills")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import SparseTraining
 from lightning_sparse.functional import channel_scale, soft_threshold
+from lightning_sparse.functional.sharding import whole
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:
@@ -36,16 +37,16 @@ def assert_different(actual: nn.Module, expected: nn.Module) -> None:
 def assert_sparse(model: LightningModule, callback: SparseTraining) -> None:
     """The model holds the projection of the latents, with zeros exactly where the callback says so."""
     for name in callback.targets:
-        weight, mask = model.get_parameter(name), callback.mask(name)
+        weight, mask = whole(model.get_parameter(name).detach()), whole(callback.mask(name))
         assert torch.equal(weight != 0, mask), f"{name}: zeros {(weight == 0).sum()}, pruned {(~mask).sum()}"
         assert torch.equal(weight, project(callback, name)), f"{name} is no projection"
 
 
 def project(callback: SparseTraining, name: str) -> Tensor:
     """What the network sees of a weight, from what the callback tells about it."""
-    theta, threshold = callback.latent(name), callback.threshold(name)
+    theta, threshold = whole(callback.latent(name)), callback.threshold(name)
     if threshold is None:
-        return torch.where(callback.mask(name), theta, 0.0)
+        return torch.where(whole(callback.mask(name)), theta, 0.0)
     weight = soft_threshold(theta, threshold)
     return weight * channel_scale(theta, threshold) if getattr(callback, "rescale", False) else weight
 

@@ -22,9 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sparse import SparseTraining
 from tests.helpers.assertions import assert_same, assert_sparse
-from tests.helpers.ddp import process_group
 from tests.helpers.models import Classifier, ResumableLoader, make_trainer, outcome, run
 from tests.helpers.probes import LateProbe, Probe
+from tests.helpers.ranks import process_group
 from tests.helpers.strategies import SETTINGS
 
 # Parts of paths: the swap, all of ours, the optimizers, what writes checkpoints, the training loops.

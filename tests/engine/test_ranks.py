@@ -1,0 +1,96 @@
+"""Law 5: ranks agree bit for bit; replicated, sharded and split weights end like those of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_sparse import consolidate_checkpoint
+from tests.helpers.assertions import assert_same
+from tests.helpers.ranks import keep, spawn, train
+from tests.helpers.strategies import SETTINGS
+
+pytestmark = pytest.mark.xdist_group("ranks")
+RESUMED = ("ST3", "AutoSparse", "GMP", "SparseTraining-masked")
+slow = pytest.mark.slow
+sizes = pytest.mark.parametrize("size", [2, pytest.param(4, marks=slow)], scope="module")
+
+
+def train_all(folder: Path) -> None:
+    """Called on every rank: each strategy in each layout, saving on the way, then each checkpoint in each layout."""
+    size = torch.distributed.get_world_size()
+    layouts = ["ddp", "fsdp", "fsdp-sharded"] + ["fsdp-tp"] * (size > 2)
+    for name in SETTINGS:
+        for layout in layouts:
+            keep(train(name, layout, save=folder / f"{name}-{layout}.ckpt"), folder / f"{name}-{layout}")
+    for name in RESUMED:
+        for layout in layouts:
+            for source in ["one", *layouts]:
+                if layout != "ddp" or source != "fsdp-sharded":
+                    end = train(name, layout, resume=folder / f"{name}-{source}.ckpt")
+                    keep(end, folder / f"{name}-{source}-{layout}")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, size):
+    """What a group of processes and a single one hold after training each strategy."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in SETTINGS:
+        torch.save(train(name, "one", save=folder / f"{name}-one.ckpt"), folder / f"{name}-one")
+    spawn(train_all, size, folder)
+    return folder
+
+
+def load(folder, *parts):
+    return torch.load(folder / "-".join(parts))
+
+
+def assert_alike(actual, expected):
+    """Equal but for the order in which gradients are added up."""
+    for name, mask in expected["masks"].items():
+        assert torch.equal(actual["masks"][name], mask)
+    for key in ("weights", "latents", "thresholds"):
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+@sizes
+@pytest.mark.parametrize("name", SETTINGS)
+def test_replicated_and_sharded_weights_end_alike(trained, size, name):
+    one, ddp, fsdp = (load(trained, name, layout) for layout in ("one", "ddp", "fsdp"))
+    assert ddp.pop("compared") == size * one.pop("compared") > 0
+    assert_alike(ddp, one)
+    assert ddp["metrics"] == pytest.approx(one["metrics"])
+    if size == 2:  # two numbers add up in one way only
+        assert_same({**fsdp, "compared": 0}, {**ddp, "compared": 0})
+    assert_alike(fsdp, one)
+    assert fsdp["metrics"] == pytest.approx(one["metrics"])
+
+
+@slow
+@pytest.mark.parametrize("size", [4], scope="module")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_split_in_two_directions_end_alike(trained, name):
+    assert_alike(load(trained, name, "fsdp", "tp"), load(trained, name, "one"))
+
+
+@sizes
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_resumes_in_every_layout(trained, size, name):
+    for layout in ("ddp", "fsdp", "fsdp-sharded"):
+        uninterrupted = load(trained, name, layout)
+        for source in ("one", "ddp", "fsdp", "fsdp-sharded"):
+            if layout == "ddp" and source == "fsdp-sharded":
+                continue
+            resumed = load(trained, name, source, layout)
+            if size == 2 and source != "one":
+                assert_same({**resumed, "compared": 0}, {**uninterrupted, "compared": 0})
+            assert_alike(resumed, uninterrupted)
+
+
+@sizes
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_of_many_ranks_resumes_in_one_process(trained, size, name, tmp_path):
+    consolidate_checkpoint(trained / f"{name}-fsdp-sharded.ckpt", tmp_path / "whole.ckpt")
+    paths = [trained / f"{name}-{layout}.ckpt" for layout in ("ddp", "fsdp")] + [tmp_path / "whole.ckpt"]
+    for path in paths:
+        assert_alike(train(name, "one", resume=path), load(trained, name, "one"))
