@@ -88,6 +88,7 @@ def test_zero_sparsity_with_every_optimizer(setting, optimizer):
         {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
         {"precision": "bf16-mixed"},
         {"precision": "bf16-true"},
+        {"precision": "16-true"},
         {"precision": "64-true"},
         {"val_check_interval": 0.5, "limit_train_batches": 3, "max_epochs": 2},
         {"max_epochs": -1, "max_steps": 7},

@@ -13,11 +13,23 @@ from tests.helpers.strategies import SETTINGS, every_strategy, parametrize
 DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
+def make_flags(precision):
+    """A real scaler overflows in the first steps, and grows until it overflows again."""
+    if precision != "16-mixed":
+        return {"precision": precision}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
 @every_strategy
-@pytest.mark.parametrize("precision", ["16-true", pytest.param("64-true", marks=pytest.mark.slow)])
-def test_laws_hold(setting, precision):
-    model, callback = Classifier(), setting.build()
-    fit(model, Probe(callback), callback, LateProbe(callback), precision=precision)
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("16-mixed", "adam-fused"), ("16-true", "sgd"), pytest.param("64-true", "sgd", marks=pytest.mark.slow)],
+)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler:UserWarning")  # whose first steps are skipped
+def test_laws_hold(setting, precision, optimizer):
+    model, callback = Classifier(optimizer=optimizer), setting.build()
+    fit(model, Probe(callback), callback, LateProbe(callback), **make_flags(precision))
     if setting.sparsity is not None:
         assert callback.sparsity == pytest.approx(setting.sparsity, abs=0.01)
 
@@ -65,14 +77,6 @@ def test_budgets_are_kept_to_the_weight_among_ties(setting, precision):
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
-
-
-def make_flags(precision):
-    """A real scaler overflows in the first steps, and grows until it overflows again."""
-    if precision != "16-mixed":
-        return {"precision": precision}
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_interval=2)
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
 
 def train(callbacks, precision, optimizer="sgd", double=False, ckpt_path=None):
