@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import time
 from collections import Counter
 
 import pytest
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("kills")
 
 KILLED = -signal.SIGKILL
 KILLS = -(-200 // len(SETTINGS))  # of every strategy, so that there are 200 in all
-CHECKPOINTS, SMALLEST, SECONDS = 6, 25_000, 0.3  # bytes, and the duration of a training without a tracer, roughly
+CHECKPOINTS, SMALLEST = 6, 25_000  # how many a training writes at least, of so many bytes
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +34,18 @@ def lives():
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs,))
     server.start()
+    ours.recv()
     yield ours
     server.terminate()
     server.join()
 
 
-def draw(kind, lines, rng):
-    """A fault of this kind at a random moment."""
+def draw(kind, lines, seconds, rng):
+    """A fault of this kind at a random moment of a training that takes so many lines and seconds."""
     if kind in ("cut", "full"):
         return Fault(kind, rng.randrange(1, CHECKPOINTS), rng.randrange(SMALLEST))
     if kind == "alarm":
-        return Fault(kind, None, rng.uniform(0.0, SECONDS))
+        return Fault(kind, None, rng.uniform(0.0, seconds))
     place = rng.choice(PLACES)
     return Fault(kind, place, rng.randrange(1, 1 + sum(n for path, n in lines.items() if place in path)))
 
@@ -64,7 +66,8 @@ def check_newest(folder):
         model = Classifier.load_from_checkpoint(checkpoint, weights_only=True)
         states = torch.load(checkpoint, weights_only=True)["callbacks"].values()
         names = next(list(state["latents"]) for state in states if "latents" in state)
-        assert f"{count_sparsity(model, names):.6f}" == checkpoint.stem.partition("sparsity=")[2]
+        logged = float(checkpoint.stem.partition("sparsity=")[2])
+        assert count_sparsity(model, names) == pytest.approx(logged, abs=1e-5)  # one weight more or less is 1e-3
 
 
 def torment(lives, folder, name, kinds, deaths, *, in_place=False):
@@ -77,12 +80,12 @@ def torment(lives, folder, name, kinds, deaths, *, in_place=False):
     whole, disturbed = folder / "whole", folder / "disturbed"
     whole.mkdir()
     disturbed.mkdir()
-    undisturbed = Life(whole, name)
+    undisturbed, start = Life(whole, name), time.monotonic()
     assert live(lives, undisturbed) == [FINISHED]
-    lines = torch.load(undisturbed.end, weights_only=False)["lines"]
+    lines, seconds = torch.load(undisturbed.end, weights_only=False)["lines"], time.monotonic() - start
     died = 0
     while True:
-        fault = draw(rng.choice(kinds), lines, rng) if died < deaths else None
+        fault = draw(rng.choice(kinds), lines, seconds, rng) if died < deaths else None
         life = Life(disturbed, name, fault, in_place)
         [end] = live(lives, life)
         ends[end] += 1
@@ -104,9 +107,8 @@ def check_end(life, undisturbed):
         assert_same(actual[key], expected[key], f"{life} {key}")
 
 
-@pytest.mark.parametrize("name", ["ST3", "AutoSparse"])
-def test_whatever_happens_training_ends_as_if_nothing_had(lives, tmp_path, name):
-    torment(lives, tmp_path, name, ["kill", "alarm", "cut", "raise", "interrupt", "full"], 4)
+def test_whatever_happens_training_ends_as_if_nothing_had(lives, tmp_path):
+    torment(lives, tmp_path, "AutoSparse", ["kill", "alarm", "cut", "raise", "interrupt", "full"], 6)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from tests.helpers.assertions import assert_same, assert_sparse
 from tests.helpers.models import Classifier, Saver, fit, outcome
 from tests.helpers.probes import LateProbe, Probe
-from tests.helpers.strategies import every_strategy, parametrize, some_strategies
+from tests.helpers.strategies import every_strategy, parametrize
 
 pytestmark = [
     # NaN is not zero.
@@ -88,7 +88,7 @@ class Witness(LateProbe):
 
 
 @every_strategy
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_what_is_not_finite_is_never_pruned_away(setting, value):
     callback = setting.build()
     witness = Witness(callback)
@@ -114,7 +114,7 @@ def test_a_batch_that_is_left_out_moves_nothing(setting, cure):
         assert_same(witness.moved[STEP][key], witness.moved[STEP - 1][key])
 
 
-@some_strategies
+@parametrize("ST3", "AutoSparse", "GMP")
 @pytest.mark.parametrize(
     ("alarm", "error"),
     [("clipping", RuntimeError), ("on_before_optimizer_step", ValueError), ("anomaly", RuntimeError)],

@@ -239,8 +239,9 @@ def check_the_dead(trainer: L.Trainer, model: L.LightningModule, callback: Spars
 
 
 def serve(connection: Connection) -> None:
-    """Live the lives that arrive, those of a list together, and answer with their exit codes, negative for a signal."""
+    """Say so when ready. Live the lives that arrive, together, and answer with exit codes, negative for a signal."""
     torch.set_num_threads(1)
+    connection.send("ready")
     while True:
         processes = [fork(life) for life in connection.recv()]
         connection.send([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes])
