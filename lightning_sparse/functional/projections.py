@@ -114,12 +114,13 @@ def channel_scale(theta: Tensor, threshold: Tensor | float, *, scratch: Tensor |
     magnitude = torch.abs(local(theta), out=None if scratch is None else local(scratch))
     magnitude = magnitude if theta.ndim > 1 else magnitude.unsqueeze(1)  # a vector has one element per channel
     dims = tuple(range(1, magnitude.ndim))
-    dense = magnitude.sum(dims, keepdim=True)
-    kept = torch.threshold_(magnitude, float(threshold), 0.0).sum(dims, keepdim=True)
+    dtype = torch.promote_types(theta.dtype, torch.float32)  # a sum may be too large for half precision
+    dense = magnitude.sum(dims, keepdim=True, dtype=dtype)
+    kept = torch.threshold_(magnitude, float(threshold), 0.0).sum(dims, keepdim=True, dtype=dtype)
     means = sum_over(ranks_of(theta, dims), torch.stack([kept, dense])) / math.prod(theta.shape[1:])
     kept, dense = (means + 1e-6).view(2, -1, *[1] * (theta.ndim - 1))
     scale: Tensor = 1.01 / (kept / dense + 0.01)
-    return scale
+    return scale.to(theta.dtype)
 
 
 def rescaled_soft_threshold(theta: Tensor, threshold: Tensor | float, *, out: Tensor | None = None) -> Tensor:
