@@ -15,14 +15,16 @@ SPARSITY = 0.9
 
 
 class EveryBatch(L.Callback):
-    """Calls a function after every batch."""
+    """Calls a function before the first batch and after every batch."""
 
     def __init__(self, function):
-        self.function = function
+        self.function = torch.no_grad()(function)
+
+    def on_train_start(self, *_):
+        self.function()
 
     def on_train_batch_end(self, *_):
-        with torch.no_grad():
-            self.function()
+        self.function()
 
 
 def wrap(network, rule):
@@ -62,7 +64,8 @@ def full_sort(network):
 
     def choose():
         magnitudes = torch.cat([theta.flatten() for _, theta in pairs]).abs_().sort().values
-        threshold = magnitudes[int(SPARSITY * (len(magnitudes) - 1))].item()
+        below, share = divmod(SPARSITY * (len(magnitudes) - 1), 1)
+        threshold = torch.lerp(magnitudes[int(below)], magnitudes[int(below) + 1], share).item()
         for rule, theta in pairs:
             rule.choose(theta, threshold)
 
