@@ -44,8 +44,10 @@ format: $(STAMP)  ## Repair what ruff can repair
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(STAMP)  ## Measure what the callback adds to a training step
-	$(RUN) benchmarks/overhead.py
+bench: $(STAMP)  ## Measure time, memory and selection into docs/*.md; let nothing else run on the machine meanwhile
+	$(RUN) benchmarks/overhead.py --profile --output docs/overhead.md
+	$(RUN) benchmarks/memory.py --output docs/memory.md
+	$(RUN) benchmarks/selection.py --output docs/selection.md
 
 constraints:  ## Resolve everything but torch anew, with the newest versions, into constraints.txt
 	rm -rf $(VENV)

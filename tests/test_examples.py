@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 
 from lightning_sparse import strategies
+from tests.helpers.models import make_trainer
+from tests.helpers.side_by_side import TOLERANCE, Net, distance, make_data
 
 ROOT = Path(__file__).parents[1]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+def load(name, folder="examples"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -212,12 +214,78 @@ def test_cifar10_asks_for_its_data(cifar10, monkeypatch):
         cifar10.Cifar10("nowhere").setup("fit")
 
 
-# -- benchmark --------------------------------------------------------------------------------------------------------
+# -- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def benchmark(name, output, *arguments):
+    """The tables that a benchmark prints; the file that it writes must hold them, too."""
+    command = [sys.executable, ROOT / "benchmarks" / name, *arguments, "--output", output]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.strip() in output.read_text()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    return load("baselines", "benchmarks")
+
+
+def configure_plainly(thetas):
+    optimizer = torch.optim.SGD(thetas.values(), lr=0.02, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+
+def train_plain_net(make_callbacks):
+    """The weights that a small network shows after 20 steps."""
+    torch.manual_seed(0)
+    net = Net(configure_plainly)
+    make_trainer(*make_callbacks(net), max_epochs=2).fit(net, make_data())
+    return [layer.weight.detach() for layer in (net.stem, net.depthwise, net.grouped, net.head)]
+
+
+def test_the_baseline_that_sorts_is_st3(baselines, monkeypatch):
+    monkeypatch.setattr(baselines, "SPARSITY", 0.6)
+    ours = train_plain_net(lambda net: [strategies.ST3(0.6, start=0, end=0, verbose=False)])
+    theirs = train_plain_net(baselines.full_sort)
+    assert max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("name", ["full-sort", "parametrize", "ModelPruning"])
+def test_baselines_hold_their_sparsity(baselines, name):
+    weights = train_plain_net(baselines.BASELINES[name])
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    # ModelPruning prunes one of 504 weights more in every step.
+    assert zeros / sum(weight.numel() for weight in weights) == pytest.approx(baselines.SPARSITY, abs=0.06)
 
 
 @pytest.mark.slow
-def test_overhead_prints_its_tables():
-    command = [sys.executable, ROOT / "benchmarks/overhead.py", "--models", "resnet20", "--methods", "ST3"]
-    output = subprocess.run([*command, "--rounds", "1", "--profile"], check=True, capture_output=True, text=True).stdout
-    rows = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("|")]
-    assert rows == ["method", "---", "dense", "dense again", "ST3", "ms per step in", "---", "ST3"]
+def test_overhead_prints_its_tables(tmp_path):
+    methods = ["ST3", "full-sort", "autograd", "parametrize", "ModelPruning"]
+    arguments = ["--models", "resnet20", "--methods", *methods, "--rounds", "1", "--batch", "2", "--profile"]
+    rows = benchmark("overhead.py", tmp_path / "overhead.md", *arguments)
+    assert [row[0] for row in rows] == [
+        *["method", "---", "dense", "dense again", *methods],
+        *["ms per step in", "---", "ST3"],
+    ]
+    assert float(rows[-1][-3]) > 0  # the profile has seen the engine at work
+
+
+@pytest.mark.slow
+def test_memory_finds_the_dense_copy_and_no_growth(tmp_path):
+    rows = benchmark("memory.py", tmp_path / "memory.md", "--methods", "ST3", "--width", "2048")
+    between, highest = map(float, rows[2][1:3])
+    assert between == pytest.approx(4, abs=0.5)  # one copy in float32
+    assert highest > between - 0.5
+    *_, grown = rows
+    assert all(float(cell) < 10 for cell in grown[1:])  # MB, of 12 MB weights that are copied in every fit
+
+
+@pytest.mark.slow
+def test_selection_reduces_as_much_for_every_number_of_ranks(tmp_path):
+    arguments = ["--sizes", "100000", "--weights", "4000000", "--ranks", "1", "4"]
+    rows = benchmark("selection.py", tmp_path / "selection.md", *arguments)
+    assert rows[2][0] == "100,000"
+    one, four = rows[-2:]
+    assert one[:2] == ["1", "4,000,000"]
+    assert four[:2] == ["4", "1,000,000"]
+    assert one[2] == four[2] == "2 × 524,296 B"
