@@ -110,14 +110,19 @@ def run(*arguments):
 
 def extra(methods, width):
     """Table of the memory beyond that of a dense run."""
-    size, rows = LAYERS * width * width, []
-    dense = run("dense", width, STEPS[0] + 1, 1)
+    dense, rows = per_weight("dense", width), []
     for method in methods:
-        found = run(method, width, STEPS[0] + 1, 1)
-        peak = (found["peak"] - dense["peak"]) / size
-        held = (found["steps"][str(STEPS[0])] - dense["steps"][str(STEPS[0])]) / size
-        rows.append([method, f"{held:.2f}", f"{peak:.2f}", "" if method in BASELINES else f"≤ {GOAL:.2f}"])
+        beyond = [f"{own - base:.2f}" for own, base in zip(per_weight(method, width), dense, strict=True)]
+        rows.append([method, *beyond, "" if method in BASELINES else f"≤ {GOAL:.2f}"])
     return table(["bytes per targeted weight", "between steps", "at most", "goal"], rows)
+
+
+def per_weight(method, width):
+    """Bytes per weight between steps and at most: of two widths, so that what is constant falls out."""
+    step, small = str(STEPS[0]), width // 4
+    large, little = (run(method, each, STEPS[0] + 1, 1) for each in (width, small))
+    weights = LAYERS * (width**2 - small**2)
+    return (large["steps"][step] - little["steps"][step]) / weights, (large["peak"] - little["peak"]) / weights
 
 
 def growth(methods, width):
