@@ -64,6 +64,11 @@ def consolidate_checkpoint(folder: str | Path, file: str | Path) -> None:
 
     Raises:
         ValueError: If ``folder`` is no such checkpoint.
+
+    Example:
+        >>> consolidate_checkpoint("last.ckpt", "whole.ckpt")
+        Traceback (most recent call last):
+        ValueError: Expected argument `folder` to be a checkpoint in shards, a folder, but got 'last.ckpt'.
     """
     folder = Path(folder)
     if not (folder / _METADATA).is_file():

@@ -135,7 +135,11 @@ class TrainingHooks(pl.Callback):
         self._module = weakref.ref(pl_module)
         trainer.fit_loop.setup_data()  # needed only if a checkpoint held no loops
         self._set_clock(trainer)
-        self._tick(trainer, 0)
+        loop, batches, epoch = trainer.fit_loop, 0, trainer.current_epoch
+        if self._restored is not None:  # perhaps a finished run, so that no batch will set the clock
+            batches = loop.epoch_loop.batch_progress.current.ready if self._clock.sized else 0
+            epoch = max(0, loop.epoch_progress.current.started - 1)
+        self._tick(trainer, batches, epoch)
         verdicts = self._verdicts(pl_module)
         self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
         restored, self._restored = self._restored, None
@@ -160,7 +164,7 @@ class TrainingHooks(pl.Callback):
         """Called when a training batch begins. Sets the clock to the end of this batch."""
         self._attach(trainer, pl_module)  # a learning rate finder may have restored a checkpoint meanwhile
         self._steps.follow(trainer.optimizers, lambda optimizer: self._after_step(trainer, optimizer))
-        self._tick(trainer, batch_idx + 1)
+        self._tick(trainer, batch_idx + 1, trainer.current_epoch)
         self._account.open(pl_module)
 
     @override
@@ -249,9 +253,6 @@ class TrainingHooks(pl.Callback):
         """Called when fit ends. Takes the latents of a finished run that did not go on, and prints the summary."""
         if self._restored is not None:
             self._attach(trainer, pl_module)
-            loop = trainer.fit_loop
-            in_epoch = trainer.current_epoch < loop.epoch_progress.current.started  # type: ignore[attr-defined]
-            self._tick(trainer, loop.epoch_loop.batch_progress.current.ready if in_epoch else 0)
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
             monitors = {getattr(callback, "monitor", None) for callback in _callbacks(trainer)}
@@ -317,9 +318,9 @@ class TrainingHooks(pl.Callback):
         progress = self._clock.progress(self._position, start, end)
         return Context(step, self._epoch, self._clock.epochs, progress)
 
-    def _tick(self, trainer: pl.Trainer, batches: int) -> None:
-        """Read the clock, with so many batches of the current epoch done."""
-        epoch, steps = trainer.current_epoch, len(trainer.optimizers) if batches else 0
+    def _tick(self, trainer: pl.Trainer, batches: int, epoch: int) -> None:
+        """Read the clock, with so many batches of an epoch done."""
+        steps = len(trainer.optimizers) if batches else 0
         self._position = self._clock.position(epoch, batches, trainer.global_step + steps)
         self._epoch = epoch if self._clock.sized else self._position
 

@@ -10,6 +10,7 @@ import lightning_sparse as ls
 from tests.helpers.assertions import assert_different, assert_same, assert_sparse, count_sparsity
 from tests.helpers.models import Classifier, Gan, Loader, ManualClassifier, Saver, fit, make_trainer, outcome, snapshot
 from tests.helpers.strategies import SETTINGS, every_strategy, parametrize, some_strategies
+from tests.helpers.sweep import Config, SaveOnce
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 
@@ -47,6 +48,19 @@ def test_a_finished_run_that_is_resumed_knows_what_it_was(setting, flags, checkp
     resumed = run([setting.build()], ckpt_path=f"{checkpoint}.ckpt", **flags)
     for key in ("model", "optimizers", "callbacks", "metrics", "reports"):
         assert_same(resumed[key], expected[key], key)
+
+
+@pytest.mark.filterwarnings("ignore:Training ended at sparsity:UserWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(sized=False, kwargs={"end": 2, "freeze": 2, "schedule": "detour"}),
+        Config(validate=None, kwargs={"end": 0.75}),
+    ],
+)
+def test_a_finished_run_that_is_resumed_knows_where_its_ramp_stood(config):
+    expected = config.train(config.build(), SaveOnce(("epoch", 1)))
+    assert_same(config.train(config.build(), ckpt_path=SaveOnce.path)["metrics"], expected["metrics"])
 
 
 @some_strategies

@@ -330,13 +330,17 @@ class Reckoner(Callback):
     def __init__(self, config, sparse):
         self.config, self.sparse = config, sparse
         self.start, self.end, self.freeze = (config.moment(name) for name in ("start", "end", "freeze"))
-        self.batches, self.masks, self.before = 0, None, 0
+        self.batches, self.masks, self.before, self.reached = 0, None, 0, False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.before = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches += 1
+        for name in self.sparse.targets:
+            threshold = self.sparse.threshold(name)
+            if threshold is not None:
+                assert torch.equal(pl_module.get_parameter(name) != 0, self.sparse.latent(name).abs() > threshold)
         position = self.position(trainer, batch_idx)
         progress = float(position >= self.end)
         if self.start < position < self.end:
@@ -352,16 +356,13 @@ class Reckoner(Callback):
         wanted = sum(size(names, self.sparse) * s for names, s in pools) / size(self.sparse.targets, self.sparse)
         assert self.sparse.target_sparsity == pytest.approx(wanted, abs=1e-9)
         stepped = trainer.global_step > self.before
-        fresh = stepped and (self.sparse.update_every_n_steps == 1 or (progress == 1.0 and self.last(progress)))
+        # At the first step of full progress a selection is due in any case.
+        fresh = stepped and (self.sparse.update_every_n_steps == 1 or (progress == 1.0 and not self.reached))
+        self.reached |= stepped and progress == 1.0
         baked = self.masks is not None and self.sparse.projection == "soft"  # no threshold any more
         if fresh and frozen is None and not baked:
             for names, sparsity in pools:
                 self.compare(pl_module, names, sparsity)
-
-    def last(self, progress):
-        """Whether this is the first step at full progress, at which a selection is due in any case."""
-        first, self.reached = not getattr(self, "reached", False), True
-        return first
 
     def position(self, trainer, batch_idx):
         if not self.config.sized and self.config.steps > 0:
