@@ -138,7 +138,7 @@ class TrainingHooks(pl.Callback):
         loop, batches, epoch = trainer.fit_loop, 0, trainer.current_epoch
         if self._restored is not None:  # perhaps a finished run, so that no batch will set the clock
             batches = loop.epoch_loop.batch_progress.current.ready if self._clock.sized else 0
-            epoch = max(0, loop.epoch_progress.current.started - 1)
+            epoch = max(0, loop.epoch_progress.current.ready - 1)
         self._tick(trainer, batches, epoch)
         verdicts = self._verdicts(pl_module)
         self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
