@@ -94,7 +94,7 @@ def configs(draw: Any, *, compiled: bool, openended: bool, resumable: bool) -> C
         epochs = 2
     if steps > 0:
         steps = draw(st.integers(1, steps))
-    sized = (resumable and epochs == -1) or draw(st.integers(0, 3)) < 3
+    sized = (resumable and (epochs == -1 or steps > 0)) or draw(st.integers(0, 3)) < 3
     fractions = 1 if epochs == steps == -1 else 7 if sized or steps == -1 else 9
     kwargs = draw(arguments(strategy, target_names(architecture), fractions))
     backend = draw(st.sampled_from([None] * 60 + ["eager", "aot_eager"])) if compiled else None
