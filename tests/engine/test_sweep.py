@@ -60,7 +60,8 @@ def check_resume(config, draw):
     """Law 4: stopped anywhere and resumed, as if nothing had happened."""
     # Lightning asks a loader without a length for a batch in advance, of which a checkpoint in mid-epoch knows nothing;
     # and where steps may end the training, it takes up the end of an epoch as more batches of that epoch.
-    kinds = [kind for kind, fits in (("step", config.sized), ("epoch", config.epochs > 0 and config.steps == -1)) if fits]
+    whole = config.epochs > 0 and config.steps == -1
+    kinds = [kind for kind, fits in (("step", config.sized), ("epoch", whole)) if fits]
     moment = st.tuples(st.sampled_from(kinds), st.integers(0, 5))
     saver = SaveOnce(draw(moment, "stop after"))
     expected = config.train(config.build(), saver)
