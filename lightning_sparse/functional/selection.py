@@ -9,7 +9,7 @@ does not depend on the model, are added up.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,13 +36,16 @@ class _Found(NamedTuple):
     equal: int
 
 
-def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int], *, near: Tensor | None = None) -> Tensor:
+def order_statistics(
+    tensors: Sequence[Tensor], ranks: Sequence[int], *, near: Tensor | None = None, scales: Sequence[float] = ()
+) -> Tensor:
     """Find the magnitudes at the given ranks among all elements of all tensors.
 
     Args:
         tensors: Floating-point tensors of any shape, sharded or not. Half-precision numbers are compared as float32.
         ranks: Ranks in ascending order of magnitude, ``0`` (smallest) to ``N - 1`` (largest); NaN counts as largest.
         near: A guess, such as the result of the step before. A good one saves a pass; none changes the result.
+        scales: By what each tensor is divided first, if any.
 
     Returns:
         Tensor of shape ``(len(ranks),)``, float32 (float64 if any input is), the same on every rank.
@@ -54,7 +57,7 @@ def order_statistics(tensors: Sequence[Tensor], ranks: Sequence[int], *, near: T
         >>> order_statistics([torch.tensor([-3.0, 1.0]), torch.tensor([[2.0], [0.5]])], [0, 3])
         tensor([0.5000, 3.0000])
     """
-    pool = _Pool(tensors)
+    pool = _Pool(tensors, scales=scales)
     if not all(0 <= rank < pool.size for rank in ranks):
         raise ValueError(f"Expected argument `ranks` to lie in [0, {pool.size - 1}], but got {list(ranks)}.")
     keys = [found.key for found in pool.find(ranks, near)]
@@ -85,7 +88,9 @@ def kth_largest(tensors: Sequence[Tensor], k: int, *, near: Tensor | None = None
     return order_statistics(tensors, [total - k], near=near).squeeze(0)
 
 
-def magnitude_quantile(tensors: Sequence[Tensor], q: float, *, near: Tensor | None = None) -> Tensor:
+def magnitude_quantile(
+    tensors: Sequence[Tensor], q: float, *, near: Tensor | None = None, scales: Sequence[float] = ()
+) -> Tensor:
     """Interpolated quantile of the magnitudes of all elements of all tensors.
 
     Linear interpolation between the order statistics around position ``(N - 1) q``, the convention of NumPy.
@@ -94,6 +99,7 @@ def magnitude_quantile(tensors: Sequence[Tensor], q: float, *, near: Tensor | No
         tensors: Floating-point tensors of any shape, sharded or not.
         q: In ``[0, 1]``.
         near: A guess, see :func:`order_statistics`.
+        scales: By what each tensor is divided first, if any.
 
     Returns:
         Scalar tensor.
@@ -108,7 +114,7 @@ def magnitude_quantile(tensors: Sequence[Tensor], q: float, *, near: Tensor | No
     if not 0.0 <= q <= 1.0:
         raise ValueError(f"Expected argument `q` to lie in [0, 1], but got {q}.")
     position = (sum(tensor.numel() for tensor in tensors) - 1) * q
-    around = order_statistics(tensors, [math.floor(position), math.ceil(position)], near=near)
+    around = order_statistics(tensors, [math.floor(position), math.ceil(position)], near=near, scales=scales)
     return torch.lerp(around[0], around[1], position - math.floor(position))
 
 
@@ -153,16 +159,20 @@ class _Pool:
     Args:
         tensors: The tensors.
         signed: Whether their numbers are compared with their signs.
+        scales: By what each is divided first, if any.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], signed: bool = False) -> None:
+    def __init__(self, tensors: Sequence[Tensor], signed: bool = False, scales: Sequence[float] = ()) -> None:
         self.signed = signed
         self.size = sum(tensor.numel() for tensor in tensors)
         self.dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._parts: dict[tuple[Ranks, torch.device], list[Tensor]] = defaultdict(list)
-        for tensor in tensors:
-            self._parts[ranks_of(tensor), tensor.device].append(local(tensor.detach()))
+        self._scales: dict[tuple[Ranks, torch.device], list[float]] = defaultdict(list)
+        for index, tensor in enumerate(tensors):
+            place = ranks_of(tensor), tensor.device
+            self._parts[place].append(local(tensor.detach()))
+            self._scales[place] += scales[index : index + 1]
 
     def keys(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """Integers that order like the numbers to compare; NaN comes last."""
@@ -207,15 +217,16 @@ class _Pool:
         """Number of keys below the window, then in each of its bins, which hold ``2 ** shift`` keys each."""
         total = torch.zeros(1 + (1 << _BITS), dtype=torch.long, device=self.device)
         for (ranks, device), parts in self._parts.items():
-            total += sum_over(ranks, self._count_parts(parts, low, shift, device)).to(self.device)
+            flat = chunks(parts, self._scales[ranks, device])
+            total += sum_over(ranks, self._count_chunks(flat, low, shift, device)).to(self.device)
         return total
 
-    def _count_parts(self, parts: list[Tensor], low: int, shift: int, device: torch.device) -> Tensor:
+    def _count_chunks(self, flat: Iterable[Tensor], low: int, shift: int, device: torch.device) -> Tensor:
         counts = torch.zeros(1 + (1 << _BITS), dtype=torch.long, device=device)
         integer, high, inside = _KEYS[self.dtype], low + (1 << _BITS + shift) - 1, []
         everything = high - low == 2 * torch.iinfo(integer).max + 1
-        scratch = torch.empty(3, min(CHUNK, sum(part.numel() for part in parts)), dtype=integer, device=device)
-        for chunk in chunks(parts):
+        scratch = torch.empty(3, min(CHUNK, self.size), dtype=integer, device=device)
+        for chunk in flat:
             keys, below, upto = (row[: len(chunk)] for row in scratch)
             self.keys(chunk, out=keys)
             if everything:
@@ -228,25 +239,30 @@ class _Pool:
             smaller = below[: rows.numel()].view_as(rows).sum(0, dtype=integer)
             hits = smaller != upto[: rows.numel()].view_as(rows).sum(0, dtype=integer)
             counts[0] += smaller.sum() + below[rows.numel() :].sum()
-            inside += [rows[:, hits.nonzero().squeeze(1)].flatten(), rest.clone()]
+            near = torch.cat([rows[:, hits.nonzero().squeeze(1)].flatten(), rest])
+            inside.append(near[(near >= low) & (near <= high)])
         if inside:
-            found = torch.cat(inside)
-            found = found[(found >= low) & (found <= high)]
-            counts[1:] += torch.bincount(found - low >> shift, minlength=1 << _BITS)
+            counts[1:] += torch.bincount(torch.cat(inside) - low >> shift, minlength=1 << _BITS)
         return counts
 
 
-def chunks(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield flat tensors of at most ``CHUNK`` elements that together hold every element once, in any order."""
+def chunks(parts: Sequence[Tensor], scales: Sequence[float] = ()) -> Iterator[Tensor]:
+    """Yield flat tensors of at most ``CHUNK`` elements that together hold every element once, in any order.
+
+    Args:
+        parts: Tensors on one device.
+        scales: By what each is divided, if any.
+    """
     pending: list[Tensor] = []
-    for part in parts:
+    for index, part in enumerate(parts):
         # In the order of memory, so that flattening copies nothing.
         flat = part.permute(sorted(range(part.ndim), key=part.stride, reverse=True)).flatten()
-        if pending and sum(t.numel() for t in pending) + flat.numel() > CHUNK:
-            yield from torch.split(torch.cat(pending) if len(pending) > 1 else pending[0], CHUNK)
-            pending = []
-        pending.append(flat)
-    yield from torch.split(torch.cat(pending) if len(pending) > 1 else pending[0], CHUNK)
+        for piece in torch.split(flat, CHUNK):
+            if pending and sum(t.numel() for t in pending) + len(piece) > CHUNK:
+                yield torch.cat(pending) if len(pending) > 1 else pending[0]
+                pending = []
+            pending.append(piece / scales[index] if scales else piece)
+    yield torch.cat(pending) if len(pending) > 1 else pending[0]
 
 
 def _drop_last(tensors: Sequence[Tensor], masks: list[Tensor], ties: list[Tensor], surplus: int) -> None:

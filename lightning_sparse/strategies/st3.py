@@ -118,8 +118,8 @@ class ST3Sigma(ST3):
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Take the quantile of the normalised magnitudes."""
         sigmas = [sum(latent.theta.shape) ** -0.5 for latent in latents]
-        scores = [latent.theta / sigma for latent, sigma in zip(latents, sigmas, strict=True)]
+        thetas = [latent.theta for latent in latents]
         near = latents[0].state.get("threshold")
         near = None if near is None else near / sigmas[0]
-        threshold = functional.magnitude_quantile(scores, sparsity or 0.0, near=near)
-        return [{"threshold": (threshold * sigma).to(score.dtype)} for score, sigma in zip(scores, sigmas, strict=True)]
+        threshold = functional.magnitude_quantile(thetas, sparsity or 0.0, near=near, scales=sigmas)
+        return [{"threshold": (threshold * sigma).to(theta.dtype)} for theta, sigma in zip(thetas, sigmas, strict=True)]

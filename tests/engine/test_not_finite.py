@@ -87,6 +87,7 @@ class Witness(LateProbe):
             self.moved.append({"latents": latents, "learned": learned, "momentum": state["learner"]})
 
 
+@pytest.mark.filterwarnings("ignore:.* has pruned all:UserWarning")  # what is not finite takes the whole budget
 @every_strategy
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_what_is_not_finite_is_never_pruned_away(setting, value):

@@ -22,7 +22,7 @@ FLAGS = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
-STRATEGIES = [name for name in lightning_sparse.__all__ if issubclass(vars(lightning_sparse)[name], SparseTraining)]
+STRATEGIES = ["SparseTraining", *lightning_sparse.strategies.__all__]
 
 
 class Model(L.LightningModule):
