@@ -237,6 +237,7 @@ def measure(model, args):
     copy, copies = Copy(model, args), []
     seconds, parts = {name: [] for name in arms}, {name: [] for name in arms}
     for turn in range(WARM_UP + args.rounds):
+        time.sleep(0.01)
         copies.append(copy.run())
         for name in random.sample(list(arms), len(arms)):
             time.sleep(0.01)  # until the threads of the arm before have gone to sleep
@@ -246,11 +247,11 @@ def measure(model, args):
                 parts[name].append(profile)
     for arm in arms.values():
         arm.end()
-    floor, dense = 1000 * median(copies), 1000 * median(seconds["dense"])
+    floor, dense = 1000 * min(copies), 1000 * median(seconds["dense"])
     shape = "×".join(map(str, batch_shape(model, args)))
     text = f"## {model}, batch {shape}, {args.rounds} rounds of {args.steps} step(s)\n\n{times(model, seconds)}"
     text += f"\n\nFloor: to read and write the {copy.size:,} targeted weights once takes {floor:.2f} ms here"
-    text += f" ({8e-6 * copy.size / floor:.0f} GB/s), {floor / dense:.2%} of the dense step."
+    text += f" ({8e-6 * copy.size / floor:.1f} GB/s), {floor / dense:.2%} of the dense step."
     if args.profile:
         ours = {name: parts[name] for name in args.methods if name not in BASELINES}
         text += f"\n\n{profiles(ours, args.steps, dense, floor)}"

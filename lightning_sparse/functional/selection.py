@@ -23,6 +23,8 @@ __all__ = ["CHUNK", "chunks", "kth_largest", "magnitude_quantile", "order_statis
 # pieces that stay in the cache.
 CHUNK = 1 << 19
 _FOLD = 16
+# So few are looked at one by one.
+_FEW = 1 << 15
 # Each pass resolves so many bits of the keys.
 _BITS = 16
 _KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -184,6 +186,8 @@ class _Pool:
 
     def find(self, ranks: Sequence[int], near: Tensor | None = None) -> list[_Found]:
         """The keys at some ranks in ascending order."""
+        if self.size <= _FEW and len(self._parts) == 1 and not any(ranks for ranks, _ in self._parts):
+            return self._find_few(ranks)
         if near is not None and self.dtype == torch.float32 and math.isfinite(near):
             key = int(self.keys(near.detach().to("cpu", torch.float32)))
             found = self._look(ranks, key - (1 << _BITS - 1))
@@ -200,6 +204,14 @@ class _Pool:
         found = self._look(ranks, low)
         assert found is not None
         return found
+
+    def _find_few(self, ranks: Sequence[int]) -> list[_Found]:
+        """The same, one by one, where counters would be more than keys."""
+        ((place, parts),) = self._parts.items()
+        keys = self.keys(torch.cat(list(chunks(parts, self._scales[place]))))
+        found = [keys.kthvalue(rank + 1).values for rank in ranks]
+        numbers = [torch.stack([key, (keys < key).sum(), (keys == key).sum()]) for key in found]
+        return [_Found(*row) for row in torch.stack(numbers).tolist()]
 
     def _look(self, ranks: Sequence[int], low: int) -> list[_Found] | None:
         """The keys at some ranks, if they lie in the window that starts at ``low``."""

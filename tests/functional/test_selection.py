@@ -46,6 +46,13 @@ def count(tensors):
 chunks = st.sampled_from([1, 4, 1 << 20]).map(lambda size: mock.patch.object(selection, "CHUNK", size))
 
 
+@pytest.fixture(scope="module", autouse=True, params=[0, selection._FEW], ids=["counting", "one by one"])
+def few(request):
+    """Small tensors are also counted like large ones."""
+    with mock.patch.object(selection, "_FEW", request.param):
+        yield
+
+
 @given(models(), st.data(), chunks)
 def test_order_statistics_are_those_of_sorting(model, data, chunk):
     ranks = data.draw(st.lists(st.integers(0, count(model) - 1), min_size=1, max_size=4))
