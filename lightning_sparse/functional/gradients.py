@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.projections import hard_threshold
 from lightning_sparse.functional.selection import topk_masks
 from lightning_sparse.functional.sharding import elementwise, local
 
@@ -27,7 +28,8 @@ def mask_gradient(grad: Tensor, mask: Tensor, *, out: Tensor | None = None) -> T
         >>> mask_gradient(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
         tensor([2., 0.])
     """
-    return anneal_gradient(grad, mask, 0.0, out=out)
+    # Not a product: a pruned weight must not hear of an infinite gradient.
+    return hard_threshold(grad, mask, out=out)
 
 
 @elementwise
@@ -54,9 +56,8 @@ def anneal_gradient(grad: Tensor, mask: Tensor, alpha: float, *, out: Tensor | N
         tensor([ 2.0000, -0.2500])
     """
     if alpha == 0.0:
-        # Not a product: a pruned weight must not hear of an infinite gradient.
-        return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype, device=grad.device), out=out)
-    return torch.where(mask, grad, alpha * grad, out=out)
+        return mask_gradient(grad, mask, out=out)
+    return torch.mul(grad, mask.to(grad.dtype).clamp_(min=alpha), out=out)  # by 1 or alpha
 
 
 def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float) -> Tensor:

@@ -41,7 +41,7 @@ def hard_threshold(theta: Tensor, mask: Tensor, *, out: Tensor | None = None) ->
     Args:
         theta: Dense latent weights, any shape.
         mask: Boolean keep set, same shape, True = kept.
-        out: Where to write the result.
+        out: Where to write the result; may be ``theta``.
 
     Returns:
         Tensor like ``theta``.
@@ -50,9 +50,14 @@ def hard_threshold(theta: Tensor, mask: Tensor, *, out: Tensor | None = None) ->
         >>> hard_threshold(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
         tensor([2., 0.])
     """
-    out = torch.empty_like(theta) if out is None else out
     # Not a product: 0 * inf is NaN and 0 * -1 is -0.
-    return out.copy_(theta).masked_fill_(~mask, 0.0)
+    if not theta.is_cpu or (theta.requires_grad and torch.is_grad_enabled()):
+        return torch.where(mask, theta, torch.zeros((), dtype=theta.dtype, device=theta.device), out=out)
+    # To choose by a mask without pattern is slow on CPUs, which mispredict the branches; to mask bits is not.
+    out = torch.empty_like(theta) if out is None else out
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[theta.element_size()]
+    torch.bitwise_and(theta.view(integer), mask.view(torch.int8).neg().to(integer), out=out.view(integer))
+    return out
 
 
 @elementwise

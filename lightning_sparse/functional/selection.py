@@ -9,7 +9,7 @@ does not depend on the model, are added up.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,7 +151,7 @@ def topk_masks(tensors: Sequence[Tensor], k: int, *, signed: bool = False, near:
     found = pool.find([pool.size - k], near)[0]
     masks = [pool.keys(local(tensor)) >= found.key for tensor in tensors]
     if found.below + k < pool.size:
-        _drop_last(tensors, masks, [pool.keys(local(t)) == found.key for t in tensors], pool.size - k - found.below)
+        _drop_last(tensors, masks, lambda tensor: pool.keys(local(tensor)) == found.key, pool.size - k - found.below)
     return [like(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True)]
 
 
@@ -277,10 +277,11 @@ def chunks(parts: Sequence[Tensor], scales: Sequence[float] = ()) -> Iterator[Te
     yield torch.cat(pending) if len(pending) > 1 else pending[0]
 
 
-def _drop_last(tensors: Sequence[Tensor], masks: list[Tensor], ties: list[Tensor], surplus: int) -> None:
+def _drop_last(tensors: Sequence[Tensor], masks: list[Tensor], ties: Callable[[Tensor], Tensor], surplus: int) -> None:
     """Take the last of the equal entries out of the masks, in place."""
-    counts = sum_each([tie.count_nonzero() for tie in ties], tensors).tolist()
-    for tensor, mask, tie, count in reversed(list(zip(tensors, masks, ties, counts, strict=True))):
+    counts = sum_each([ties(tensor).count_nonzero() for tensor in tensors], tensors).tolist()
+    for tensor, mask, count in reversed(list(zip(tensors, masks, counts, strict=True))):
+        tie = ties(tensor)
         drop = tie.flatten().nonzero().squeeze(1)
         if count > surplus:
             at = positions(tensor, tie)
