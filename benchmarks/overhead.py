@@ -285,7 +285,7 @@ def main():
     methods = [*strategies.__all__, *BASELINES]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1, help="steps of each arm in a round")
     parser.add_argument("--batch", type=int, help="images in a batch")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])

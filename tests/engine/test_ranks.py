@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_sparse import consolidate_checkpoint
 from tests.helpers.assertions import assert_same
-from tests.helpers.ranks import keep, spawn, train
+from tests.helpers.models import Loader, make_trainer
+from tests.helpers.ranks import SpreadClassifier, keep, spawn, train
 from tests.helpers.strategies import SETTINGS
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -94,3 +96,25 @@ def test_a_checkpoint_of_many_ranks_resumes_in_one_process(trained, size, name, 
     paths = [trained / f"{name}-{layout}.ckpt" for layout in ("ddp", "fsdp")] + [tmp_path / "whole.ckpt"]
     for path in paths:
         assert_alike(train(name, "one", resume=path), load(trained, name, "one"))
+
+
+class Straying(Callback):
+    """Changes the latents of one weight on one rank."""
+
+    def __init__(self, sparse):
+        self.sparse = sparse
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_rank == 1:
+            self.sparse.latent("net.4.weight").neg_().add_(0.01)
+
+
+def stray():
+    callback = SETTINGS["TopKGradientAnnealing"].build()
+    trainer = make_trainer(Straying(callback), callback, strategy="ddp", devices=2)
+    with pytest.raises(RuntimeError, match=r"^The ranks hold different masks or thresholds of `net\.4\.weight`"):
+        trainer.fit(SpreadClassifier(), Loader(), Loader())
+
+
+def test_ranks_that_no_longer_agree_are_told_so():
+    spawn(stray, 2)
