@@ -182,7 +182,8 @@ class _Pool:
         if not self.signed:
             return torch.abs(tensor, out=None if out is None else out.view(self.dtype)).view(integer)
         bits = torch.where(tensor == tensor, tensor + 0.0, math.nan).view(integer)  # -0 + 0 = 0
-        return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits, out=out)
+        sign = bits >> torch.iinfo(integer).bits - 1
+        return torch.bitwise_xor(bits, sign & torch.iinfo(integer).max, out=out)
 
     def find(self, ranks: Sequence[int], near: Tensor | None = None) -> list[_Found]:
         """The keys at some ranks in ascending order."""
