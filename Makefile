@@ -28,7 +28,7 @@ test: $(STAMP)  ## Run the tests and the doctests, without the slow ones
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 test-slow: $(STAMP)  ## Run the slow tests only
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m slow -o faulthandler_timeout=1800 $(ARGS)
 
 coverage: $(STAMP)  ## Run the tests in one process and report the covered lines and branches
 	$(RUN) -m coverage run -m pytest $(ARGS)

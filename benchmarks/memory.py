@@ -1,7 +1,7 @@
 """Measure the memory that every strategy needs beyond that of dense training, and whether it grows.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --methods ST3 --width 2048
+    python benchmarks/memory.py --methods ST3 --width 4096
 
 Each run trains an MLP of three equal square layers in a process of its own. The table gives the highest resident
 memory of the process beyond that of the dense run, and the memory that it holds between two steps, both in bytes per
@@ -141,7 +141,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = [*strategies.__all__, *BASELINES]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    parser.add_argument("--width", type=int, default=4096, help="of the layers of the first table")
+    parser.add_argument("--width", type=int, default=2048, help="of the layers of the first table")
     parser.add_argument("--output", help="markdown file to write the tables to")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
