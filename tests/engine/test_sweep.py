@@ -178,7 +178,7 @@ def sweep(law, examples, *, seed=None, **settings):
     seen, refused = set(), set()
     only = {
         "compiled": law in ("dense", "swap", "resume", "reported"),
-        "openended": law != "refused",
+        "openended": law not in ("refused", "resume"),  # where nothing tells that a run is finished
         "resumable": law == "resume",
     }
 
