@@ -4,16 +4,29 @@ from importlib.metadata import version
 
 from lightning_sparse.engine.callback import SparseTraining
 from lightning_sparse.engine.checkpoint import SparseModelCheckpoint, consolidate_checkpoint
-from lightning_sparse.strategies import GMP, ST3, STR, AutoSparse, ST3Sigma, TopKGradientAnnealing
+from lightning_sparse.strategies import (
+    GMP,
+    SET,
+    ST3,
+    STR,
+    AutoSparse,
+    RigL,
+    ST3Sigma,
+    StaticSparsity,
+    TopKGradientAnnealing,
+)
 
 __all__ = [
     "AutoSparse",
     "GMP",
+    "RigL",
+    "SET",
     "ST3",
     "ST3Sigma",
     "STR",
     "SparseModelCheckpoint",
     "SparseTraining",
+    "StaticSparsity",
     "TopKGradientAnnealing",
     "consolidate_checkpoint",
 ]

@@ -42,7 +42,8 @@ class SparseTraining(TrainingHooks):
         end: When it reaches ``sparsity``.
         initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
         schedule: Shape of the ramp: a name, or a function from progress in ``[0, 1]`` to a fraction in ``[0, 1]``.
-        distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
+        distribution: Whether all weights compete (``"global"``), each has the same sparsity (``"uniform"``), or small
+            ones stay denser (``"er"``, ``"erk"``; see :func:`~lightning_sparse.functional.erdos_renyi`).
         projection: :math:`P`: keep the largest (``"hard"``), or shrink all by a common threshold (``"soft"``).
         gradient: :math:`G`: all of it (``"straight_through"``), or that of the kept weights (``"masked"``).
         freeze: After which moment the mask stays as it is and only the kept weights train; None for never.
@@ -84,6 +85,13 @@ class SparseTraining(TrainingHooks):
     keeps_latent: bool = True
     # Whether w equals theta on the kept weights, so that a checkpoint need only hold theta where w is zero.
     exact_on_kept: bool = False
+    # Whether selecting takes the dense gradient at the sparse weights, and takes the place of the optimizer's step.
+    needs_gradient: bool = False
+    replaces_step: bool = False
+    # Whether the optimizer forgets what it knows of weights that start anew.
+    reset_optimizer_state: bool = False
+    # Of the random numbers of the method.
+    seed: int = 0
 
     def __init__(
         self,
@@ -93,7 +101,7 @@ class SparseTraining(TrainingHooks):
         end: int | float = 0.5,
         initial_sparsity: float = 0.0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
-        distribution: Literal["global", "uniform"] = "global",
+        distribution: Literal["er", "erk", "global", "uniform"] = "global",
         projection: Literal["hard", "soft"] = "hard",
         gradient: Literal["straight_through", "masked"] = "straight_through",
         freeze: int | float | None = None,
@@ -111,7 +119,7 @@ class SparseTraining(TrainingHooks):
         check_fraction("initial_sparsity", initial_sparsity)
         if not callable(schedule):
             check_choice("schedule", schedule, SCHEDULES)
-        check_choice("distribution", distribution, ("global", "uniform"))
+        check_choice("distribution", distribution, ("er", "erk", "global", "uniform"))
         check_choice("projection", projection, ("hard", "soft"))
         check_choice("gradient", gradient, ("straight_through", "masked"))
         check_positive("update_every_n_steps", update_every_n_steps)
@@ -131,6 +139,18 @@ class SparseTraining(TrainingHooks):
         super().__init__(LatentWeights(self))
 
     # -- what a method may override -----------------------------------------------------------------------------------
+
+    def is_due(self, context: Context) -> bool:
+        """Whether what lives is chosen anew after this step."""
+        return context.step > 0 and context.step % self.update_every_n_steps == 0
+
+    def lift(self, weight: Tensor) -> Tensor:
+        """The latent of a weight that nothing is pruned from; the tensor given is free to use."""
+        return weight
+
+    def movable(self, latent: Latent) -> Tensor | None:
+        """Which latent entries the optimizer may move, bool; None for all."""
+        return None
 
     def init_state(self, theta: Tensor) -> dict[str, Tensor]:
         """Declare the tensors that the method keeps per weight; those that require grad are learned."""
@@ -212,9 +232,7 @@ class SparseTraining(TrainingHooks):
         if wanted is None:
             return True
         latents = self._bound()
-        slack = (len(latents) if self.distribution == "uniform" else 1) / sum(
-            x.weight.numel() for x in latents.values()
-        )
+        slack = (1 if self.distribution == "global" else len(latents)) / sum(x.weight.numel() for x in latents.values())
         return self._context().progress >= 1.0 and self.sparsity >= wanted - slack
 
     def latent(self, name: str) -> Tensor:
@@ -269,14 +287,18 @@ class SparseTraining(TrainingHooks):
         """Group the weights that compete with one another, each group with the sparsity wanted now."""
         if self.final_sparsity is None:
             return [(list(latents), None)]
+        start, way = self.initial_sparsity, self.schedule(context.progress)
         common = [latent for latent in latents if latent.sparsity is None]
-        own = [([latent], latent.sparsity) for latent in latents if latent.sparsity is not None]
-        pools = [[latent] for latent in common] if self.distribution == "uniform" else [common] if common else []
-        way = self.schedule(context.progress)
-        return [
-            (pool, self.initial_sparsity + way * (final - self.initial_sparsity))
-            for pool, final in [*((pool, self.final_sparsity) for pool in pools), *own]
-        ]
+        own = [latent for latent in latents if latent.sparsity is not None]
+        wanted = start + way * (self.final_sparsity - start)
+        pools: list[tuple[list[Latent], float | None]] = [([latent], wanted) for latent in common]
+        if self.distribution in ("er", "erk"):
+            shapes = [latent.weight.shape for latent in common]
+            shares = functional.erdos_renyi(shapes, wanted, kernel=self.distribution == "erk")
+            pools = [([latent], share) for latent, share in zip(common, shares, strict=True)]
+        elif self.distribution == "global":
+            pools = [(common, wanted)] if common else []
+        return [*pools, *(([latent], start + way * ((latent.sparsity or 0.0) - start)) for latent in own)]
 
     def _count(self) -> list[int]:
         """Nonzero entries of each weight now."""

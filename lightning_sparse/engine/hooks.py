@@ -52,6 +52,7 @@ class TrainingHooks(pl.Callback):
         self._attached = False
         self._first = _First(self)
         self._vanished: set[str] = set()
+        self._done = 0
         self._restored: dict[str, Any] | None = None
         self._steps = StepWatch()
 
@@ -148,6 +149,7 @@ class TrainingHooks(pl.Callback):
             self._account.load_state_dict(restored["account"])
         self._account.count_example(trainer, pl_module)
         self._weights.count()
+        self._done = max(self._weights.steps.values(), default=0)
         if self.verbose and not self._attached and trainer.is_global_zero:
             show_targets(type(self).__name__, self._rows)
         self._attached = True
@@ -175,7 +177,7 @@ class TrainingHooks(pl.Callback):
         takes_place, scale = foresee(getattr(trainer.precision_plugin, "scaler", None), optimizer)
         if takes_place and self._trains(trainer):
             self._weights.bind(pl_module)
-            self._weights.expose(optimizer, self._context(), scale)
+            self._weights.expose(optimizer, trainer.optimizers.index(optimizer), self._context, scale)
 
     def _trains(self, trainer: pl.Trainer) -> bool:
         """Whether steps are ours: a learning rate finder removes callbacks, SWA makes a last pass for BatchNorm."""
@@ -316,7 +318,8 @@ class TrainingHooks(pl.Callback):
     def _context(self, step: int = 0) -> Context:
         start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
         progress = self._clock.progress(self._position, start, end)
-        return Context(step, self._epoch, self._clock.epochs, progress)
+        elapsed = min(1.0, self._position / max(self._clock.epochs, 1e-9))
+        return Context(step, self._epoch, self._clock.epochs, progress, elapsed, self._weights.generator)
 
     def _tick(self, trainer: pl.Trainer, batches: int, epoch: int) -> None:
         """Read the clock, with so many batches of an epoch done."""
@@ -333,7 +336,10 @@ class TrainingHooks(pl.Callback):
 
     def _price(self) -> None:
         """Let this batch cost what the weights that it has used cost."""
-        densities, context = self._weights.densities, self._context()
+        # The step that this batch has taken, or of whose gradient it is a part.
+        done = max(self._weights.steps.values(), default=0)
+        densities, context = self._weights.densities, self._context(done if done > self._done else done + 1)
+        self._done = done
         needed = {
             name: a if self._weights.frozen else self._weights.method.gradient_density(a, context)
             for name, a in densities.items()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional import exceeds
+from lightning_sparse.functional import exceeds, hard_threshold
 from lightning_sparse.functional.sharding import is_sharded, spread, whole
 
 __all__ = ["Context", "Latent"]
@@ -26,6 +26,9 @@ class Latent:
         state: Tensors of the method by name: ``"mask"`` (bool, True = kept) or ``"threshold"`` (scalar; kept is what
             exceeds it), and whatever the method declares. Those that require grad are learned from their ``.grad``.
         sparsity: Own budget, if it does not share the common one.
+        grad: Dense gradient at the sparse weight, while the method selects and if it asks for that
+            (``needs_gradient``).
+        slots: State of the optimizer for this weight, while the method selects.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Latent:
     dense: Tensor | None
     state: dict[str, Tensor] = field(default_factory=dict)
     sparsity: float | None = None
+    grad: Tensor | None = None
+    slots: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def theta(self) -> Tensor:
@@ -54,11 +59,23 @@ class Latent:
         """The learnable tensors of the state."""
         return {key: tensor for key, tensor in self.state.items() if tensor.requires_grad}
 
-    def select(self, selection: Mapping[str, Tensor]) -> None:
-        """Replace mask and threshold; neither means that everything is kept."""
+    def select(self, selection: Mapping[str, Tensor]) -> Tensor | None:
+        """Replace mask and threshold; neither means that everything is kept.
+
+        Returns:
+            Where the parameter is the latent, the entries that start anew, from zero: those in ``"grown"``, else those
+            that the mask keeps and did not keep before.
+        """
+        before, selection = self.state.get("mask"), dict(selection)
         for key in ("mask", "threshold"):
             self.state.pop(key, None)
+        grown = selection.pop("grown", None)
         self.state.update(selection)
+        if self.dense is not None or before is None or "mask" not in selection:
+            return None
+        grown = selection["mask"] & ~before if grown is None else grown
+        hard_threshold(self.theta, ~grown, out=self.theta)
+        return grown
 
     def pack(self, exact_on_kept: bool) -> dict[str, Any]:
         """Turn the record into tensors fit for a checkpoint, which holds ``weight`` already.
@@ -109,12 +126,16 @@ class Context:
         epoch: Index of the current epoch; where the length of an epoch is unknown, the position in the training.
         epochs: Length of the whole training in epochs, infinite when open-ended.
         progress: Progress over the window from ``start`` to ``end``, in ``[0, 1]``.
+        elapsed: Fraction of the whole training so far, in ``[0, 1]``; 0 when that is open-ended.
+        generator: Source of random numbers, the same on every rank and after resuming.
     """
 
     step: int
     epoch: float
     epochs: float
     progress: float
+    elapsed: float = 0.0
+    generator: torch.Generator | None = None
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -26,8 +26,20 @@ class Method(Protocol):
 
     keeps_latent: bool
     exact_on_kept: bool
-    update_every_n_steps: int
+    needs_gradient: bool
+    replaces_step: bool
+    reset_optimizer_state: bool
+    seed: int
     threshold_weight_decay: float
+
+    def is_due(self, context: Context) -> bool:
+        """Whether what lives is chosen anew after this step."""
+
+    def lift(self, weight: Tensor) -> Tensor:
+        """The latent of a weight that nothing is pruned from."""
+
+    def movable(self, latent: Latent) -> Tensor | None:
+        """Which latent entries the optimizer may move; None for all."""
 
     def init_state(self, theta: Tensor) -> dict[str, Tensor]:
         """Tensors that the method keeps for a weight."""
@@ -67,6 +79,7 @@ class LatentWeights:
         self._stale = False
         self._selected_last = False
         self._nonzeros: dict[str, int] = {}
+        self.generator = torch.Generator()
 
     # -- taking and giving back ---------------------------------------------------------------------------------------
 
@@ -82,7 +95,7 @@ class LatentWeights:
         fresh = []
         for target in targets:
             weight = target.parameter
-            theta = weight.detach().clone() if self.method.keeps_latent else None
+            theta = self.method.lift(weight.detach().clone()) if self.method.keeps_latent else None
             latent = Latent(
                 target.name, target.path, weight, theta, self.method.init_state(weight.detach()), target.sparsity
             )
@@ -95,12 +108,14 @@ class LatentWeights:
                 fresh.append(latent)
         self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay)
         self.steps = {}
+        self.generator.manual_seed(self.method.seed)
         self._selected_last = self._stale = False
         self._nonzeros.clear()
         if restored is not None:
             self._learner.load_state_dict(restored["learner"])
             self.steps = dict(restored["steps"])
             self._selected_last = restored["selected_last"]
+            self.generator.set_state(restored["generator"].cpu())
         self._exposed.clear()
         if fresh:
             self._select(fresh, context)
@@ -125,12 +140,13 @@ class LatentWeights:
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def expose(self, optimizer: Optimizer, context: Context, scale: float = 1.0) -> None:
+    def expose(self, optimizer: Optimizer, index: int, context: Callable[[int], Context], scale: float = 1.0) -> None:
         """Map gradients to the latents and put the latents into the parameters, just before the optimizer steps.
 
         Args:
             optimizer: Is about to step.
-            context: Where training stands.
+            index: Its place among the optimizers.
+            context: Tells where training stands once so many steps of this optimizer are done.
             scale: Factor that the gradients carry, and that the optimizer will take away.
         """
         by_parameter = {id(latent.weight): latent for latent in self.latents.values()}
@@ -138,17 +154,24 @@ class LatentWeights:
         hosted = [(latent, group) for latent, group in groups if latent is not None]
         if all(latent.weight.grad is None for latent, _ in hosted):
             hosted = []  # the optimizer will do nothing, so the model may hold something else, such as averaged weights
+        now = context(self.steps.get(index, 0) + 1)
+        due = not self.frozen and self.method.is_due(now)
         for latent, _ in hosted:
             grad = latent.weight.grad
             if grad is not None:
                 if scale != 1.0:
                     grad.div_(scale)
-                latent_grad = self._pull_back(latent, grad, context)
+                latent.grad = grad.clone() if due and self.method.needs_gradient else None
+                latent_grad = self._pull_back(latent, grad, now)
                 if latent_grad is not grad:
                     local(grad).copy_(local(latent_grad))
                 if scale != 1.0:
                     grad.mul_(scale)
         self._sum_learned(latent for latent, _ in hosted)
+        if due and self.method.replaces_step and hosted:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # so that the optimizer leaves it alone
         # In this order, so that an interrupt at any moment loses nothing.
         _copy((latent.weight, latent.dense) for latent, _ in hosted)
         self._exposed[id(optimizer)] = hosted
@@ -175,14 +198,25 @@ class LatentWeights:
         if id(optimizer) not in self._exposed:
             return False
         hosted = self._exposed[id(optimizer)]
+        for latent, _ in hosted:
+            self._hold_back(latent, optimizer)
         _copy((latent.dense, latent.weight) for latent, _ in hosted)
         del self._exposed[id(optimizer)]
         if not hosted:
             return True
         self._learner.step(hosted, optimizer)
         self.steps[index] = self.steps.get(index, 0) + 1
-        self._update([latent for latent, _ in hosted], context(self.steps[index]))
+        self._update([latent for latent, _ in hosted], optimizer, context(self.steps[index]))
         return True
+
+    def _hold_back(self, latent: Latent, optimizer: Optimizer) -> None:
+        """Undo what the optimizer has done to entries that it may not move."""
+        movable = self.method.movable(latent)
+        if movable is None or latent.dense is None or self.frozen:
+            return
+        weight, dense = local(latent.weight), local(latent.dense)
+        weight.copy_(torch.where(local(movable), weight, dense))
+        _reset(optimizer, latent, movable)
 
     @torch.no_grad()
     def withdraw(self, optimizer: Optimizer, context: Context) -> None:
@@ -210,18 +244,21 @@ class LatentWeights:
         self._project(self.latents.values() if everything or self._stale else interrupted, context)
         self._stale = False
 
-    def _update(self, latents: list[Latent], context: Context) -> None:
-        due = context.step % self.method.update_every_n_steps == 0
+    def _update(self, latents: list[Latent], optimizer: Optimizer, context: Context) -> None:
         last = context.progress >= 1.0 and not self._selected_last
-        if (due or last) and not self.frozen:
+        if (self.method.is_due(context) or last) and not self.frozen:
             # What momentum has moved off the mask does not compete.
             self._project([latent for latent in latents if latent.dense is None], context)
-            self._select(latents, context)
+            for latent in latents:
+                latent.slots = optimizer.state.get(latent.weight, {})
+            self._select(latents, context, optimizer)
+            for latent in latents:
+                latent.grad, latent.slots = None, {}
             self._selected_last = context.progress >= 1.0
             self._stale = len(latents) < len(self.latents)
         self._project(latents, context)
 
-    def _select(self, latents: Iterable[Latent], context: Context) -> None:
+    def _select(self, latents: Iterable[Latent], context: Context, optimizer: Optimizer | None = None) -> None:
         chosen = {latent.name for latent in latents}
         for pool, sparsity in self.method.budgets(list(self.latents.values()), context):
             if chosen.isdisjoint(latent.name for latent in pool):
@@ -229,7 +266,9 @@ class LatentWeights:
             selections = [{} for _ in pool] if sparsity == 0.0 else self.method.select(pool, sparsity, context)
             for latent, selection in zip(pool, selections, strict=True):
                 if latent.name in chosen:
-                    latent.select(selection)
+                    grown = latent.select(selection)
+                    if optimizer is not None and grown is not None and self.method.reset_optimizer_state:
+                        _reset(optimizer, latent, ~grown)
 
     def _project(self, latents: Iterable[Latent], context: Context) -> None:
         for latent in latents:
@@ -304,9 +343,17 @@ class LatentWeights:
             "frozen": self.frozen,
             "steps": dict(self.steps),
             "selected_last": self._selected_last,
+            "generator": self.generator.get_state(),
             "latents": latents,
             "learner": self._learner.state_dict(),
         }
+
+
+def _reset(optimizer: Optimizer, latent: Latent, kept: Tensor) -> None:
+    """Forget what the optimizer remembers of all entries but some."""
+    for slot in optimizer.state.get(latent.weight, {}).values():
+        if isinstance(slot, Tensor) and slot.shape == latent.weight.shape:
+            hard_threshold(slot, kept, out=slot)
 
 
 def _copy(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:

@@ -1,5 +1,6 @@
 """Pure maths of sparse training: tensors and numbers in, tensors out; sharded tensors (DTensor) included."""
 
+from lightning_sparse.functional.allocation import erdos_renyi
 from lightning_sparse.functional.gradients import (
     anneal_gradient,
     backward_set,
@@ -14,16 +15,26 @@ from lightning_sparse.functional.projections import (
     rescaled_soft_threshold,
     soft_threshold,
 )
-from lightning_sparse.functional.selection import kth_largest, magnitude_quantile, order_statistics, topk_masks
+from lightning_sparse.functional.selection import (
+    draw,
+    kth_largest,
+    largest_among,
+    magnitude_quantile,
+    order_statistics,
+    topk_masks,
+)
 
 __all__ = [
     "anneal_gradient",
     "backward_set",
     "channel_scale",
     "count_nonzeros",
+    "draw",
+    "erdos_renyi",
     "exceeds",
     "hard_threshold",
     "kth_largest",
+    "largest_among",
     "magnitude_quantile",
     "mask_gradient",
     "order_statistics",

@@ -15,9 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.sharding import Ranks, like, local, positions, ranks_of, sum_each, sum_over
+from lightning_sparse.functional.sharding import Ranks, like, local, positions, ranks_of, spread, sum_each, sum_over
 
-__all__ = ["CHUNK", "chunks", "kth_largest", "magnitude_quantile", "order_statistics", "topk_masks"]
+__all__ = [
+    "CHUNK",
+    "chunks",
+    "draw",
+    "kth_largest",
+    "largest_among",
+    "magnitude_quantile",
+    "order_statistics",
+    "topk_masks",
+]
 
 # Small tensors are counted together, so that a model of many small layers needs few kernel launches, large ones in
 # pieces that stay in the cache.
@@ -153,6 +162,42 @@ def topk_masks(tensors: Sequence[Tensor], k: int, *, signed: bool = False, near:
     if found.below + k < pool.size:
         _drop_last(tensors, masks, lambda tensor: pool.keys(local(tensor)) == found.key, pool.size - k - found.below)
     return [like(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True)]
+
+
+def largest_among(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """Keep the k largest scores among some entries of a tensor.
+
+    Args:
+        scores: Non-negative numbers, any shape, sharded or not.
+        candidates: Boolean tensor of the same shape: which entries take part.
+        k: Number of entries to keep, ``0`` to the number of candidates.
+
+    Returns:
+        Boolean mask like ``candidates``, True = kept.
+
+    Example:
+        >>> largest_among(torch.tensor([3.0, 0.0, 0.0]), torch.tensor([False, True, True]), 1)
+        tensor([False,  True, False])
+    """
+    among = torch.where(local(candidates), local(scores), -1.0)
+    return topk_masks([like(among, scores)], k, signed=True)[0]
+
+
+def draw(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw a uniform number in ``[0, 1)`` for each entry of a tensor, the same however it is sharded.
+
+    Args:
+        tensor: Any shape, sharded or not.
+        generator: On the CPU, in the same state on every rank.
+
+    Returns:
+        Tensor like ``tensor``, float32.
+
+    Example:
+        >>> draw(torch.zeros(2, 3), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3])
+    """
+    return spread(torch.rand(tensor.shape, generator=generator).to(tensor.device), tensor)
 
 
 class _Pool:

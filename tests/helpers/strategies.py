@@ -53,6 +53,9 @@ SETTINGS = {
     "TopKGradientAnnealing": Setting(
         ls.TopKGradientAnnealing, {"sparsity": 0.7, **_RAMP, "alpha_reset": 0.7, "backward_sparsity": 0.4}, sparsity=0.7
     ),
+    "StaticSparsity": Setting(ls.StaticSparsity, {"sparsity": 0.7}, sparsity=0.7),
+    "SET": Setting(ls.SET, {"sparsity": 0.7, "update_every_n_steps": 2}, sparsity=0.7),
+    "RigL": Setting(ls.RigL, {"sparsity": 0.7, "update_every_n_steps": 2, "distribution": "uniform"}, sparsity=0.7),
     "GMP": Setting(ls.GMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
 }
 

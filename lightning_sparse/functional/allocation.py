@@ -1,0 +1,46 @@
+"""How a budget is split between the layers."""
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["erdos_renyi"]
+
+
+def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: bool = True) -> list[float]:
+    r"""Give each layer a density in proportion to its number of neurons per weight.
+
+    .. math:: d_l = \min\left(1, \epsilon \frac{\sum_d n_{l,d}}{\prod_d n_{l,d}}\right)
+
+    :math:`\epsilon` is chosen so that all layers together have the wanted sparsity. Small layers stay denser.
+
+    Args:
+        shapes: Shape of each weight.
+        sparsity: Fraction of zeros over all weights, in ``[0, 1)``.
+        kernel: Whether the dimensions of the kernel count (ERK); else only the first two do (ER).
+
+    Returns:
+        Sparsity of each layer, in ``[0, 1)``.
+
+    References:
+        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
+        network science", 2018, https://arxiv.org/abs/1707.04780 (ER); Evci et al., "Rigging the Lottery: Making All
+        Tickets Winners", ICML 2020, https://arxiv.org/abs/1911.11134 (ERK).
+
+    Example:
+        >>> erdos_renyi([(10, 10), (100, 100)], 0.9)
+        [0.45..., 0.90...]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    counted = [shape if kernel else shape[:2] for shape in shapes]
+    raw = [sum(shape) / math.prod(shape) if math.prod(shape) else 0.0 for shape in counted]
+    dense: set[int] = set()
+    while True:
+        free = [index for index in range(len(shapes)) if index not in dense]
+        budget = (1.0 - sparsity) * sum(sizes) - sum(sizes[index] for index in dense)
+        total = sum(raw[index] * sizes[index] for index in free)
+        epsilon = max(0.0, budget / total) if total else 0.0
+        full = {index for index in free if epsilon * raw[index] > 1.0}
+        if not full:
+            return [0.0 if index in dense else 1.0 - epsilon * raw[index] for index in range(len(shapes))]
+        # As the authors do: only the densest become dense at once, then the others share what is left.
+        dense |= {index for index in full if raw[index] == max(raw[i] for i in full)}

@@ -1,0 +1,156 @@
+"""What sparse-to-sparse methods share: a random mask of a fixed budget, from which weights are dropped and grown."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_sparse import functional
+from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.checks import check_choice, check_fraction
+from lightning_sparse.engine.latent import Context, Latent
+
+__all__ = ["SparseToSparse", "StaticSparsity"]
+
+
+class SparseToSparse(SparseTraining):
+    r"""Base of the methods that start sparse and stay sparse.
+
+    .. math:: w = m \odot \theta, \qquad \partial L / \partial \theta = m \odot \partial L / \partial w
+
+    The mask :math:`m` is drawn at random within the budget of each layer. Every ``update_every_n_steps`` steps between
+    ``start`` and ``end`` a fraction of each layer's kept weights, those of the smallest magnitude, is dropped, and as
+    many are grown where :meth:`grow_scores` is largest. Grown weights start from zero.
+
+    A subclass says where to grow.
+
+    Args:
+        sparsity: Fraction of zeros among the targeted weights, in ``[0, 1)``.
+        distribution: How the budget is split between the layers, see
+            :class:`~lightning_sparse.engine.callback.SparseTraining`.
+        drop_fraction: Fraction of the kept weights that an update drops, in ``[0, 1)``.
+        drop_schedule: Whether that fraction stays as it is or falls to zero at ``end`` along a half cosine.
+        start: Before which moment no weight is dropped: int = epoch, float = fraction of training.
+        end: From which moment on the mask stays as it is.
+        update_every_n_steps: Optimizer steps between updates.
+        reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
+        seed: Of the random numbers.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log the sparsity of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
+    """
+
+    keeps_latent = False
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        distribution: Literal["er", "erk", "uniform"] = "erk",
+        drop_fraction: float = 0.3,
+        drop_schedule: Literal["constant", "cosine"] = "cosine",
+        start: int | float = 0.0,
+        end: int | float = 0.75,
+        update_every_n_steps: int = 100,
+        reset_optimizer_state: bool = True,
+        seed: int = 0,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        check_choice("distribution", distribution, ("er", "erk", "uniform"))
+        check_fraction("drop_fraction", drop_fraction)
+        check_choice("drop_schedule", drop_schedule, ("constant", "cosine"))
+        super().__init__(
+            sparsity,
+            start=start,
+            end=end,
+            initial_sparsity=sparsity,
+            schedule="constant",
+            distribution=distribution,
+            projection="hard",
+            gradient="masked",
+            update_every_n_steps=update_every_n_steps,
+            targets=targets,
+            ignore=ignore,
+            overrides=overrides,
+            log_layers=log_layers,
+            verbose=verbose,
+        )
+        self.drop_fraction, self.drop_schedule = drop_fraction, drop_schedule
+        self.reset_optimizer_state, self.seed = reset_optimizer_state, seed
+
+    def is_due(self, context: Context) -> bool:
+        """Whether weights are dropped and grown after this step."""
+        return super().is_due(context) and 0.0 < context.progress < 1.0
+
+    def grow_scores(self, latent: Latent, context: Context) -> Tensor:
+        """What makes a pruned weight worth growing: numbers like the weight, the largest win."""
+        raise NotImplementedError
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Draw the first mask; then drop and grow, where that is due."""
+        return [self._select_one(latent, sparsity or 0.0, context) for latent in latents]
+
+    def _select_one(self, latent: Latent, sparsity: float, context: Context) -> dict[str, Tensor]:
+        if "mask" not in latent.state:
+            size = latent.theta.numel()
+            scores = functional.draw(latent.theta, context.generator)
+            return {"mask": functional.topk_masks([scores], size - round(sparsity * size))[0]}
+        if not self.is_due(context):
+            return {"mask": latent.state["mask"]}
+        fraction = self.drop_fraction
+        if self.drop_schedule == "cosine":
+            fraction *= (1 + math.cos(math.pi * context.progress)) / 2
+        return self.drop_and_grow(latent, fraction, context)
+
+    def drop_and_grow(self, latent: Latent, fraction: float, context: Context) -> dict[str, Tensor]:
+        """Drop a fraction of the kept weights, the smallest ones, and grow as many, perhaps the same."""
+        mask = latent.state["mask"]
+        active = int(functional.count_nonzeros([mask]))
+        moved = math.floor(active * fraction)
+        kept = functional.largest_among(latent.theta.abs(), mask, active - moved)
+        return {"mask": kept | functional.largest_among(self.grow_scores(latent, context), ~kept, moved)}
+
+
+class StaticSparsity(SparseToSparse):
+    """A random mask that stays as it is.
+
+    Takes the arguments of :class:`SparseToSparse` but for those of its updates.
+
+    Example:
+        >>> StaticSparsity(sparsity=0.9, distribution="erk").final_sparsity
+        0.9
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        distribution: Literal["er", "erk", "uniform"] = "erk",
+        seed: int = 0,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            distribution=distribution,
+            end=0.0,
+            seed=seed,
+            targets=targets,
+            ignore=ignore,
+            overrides=overrides,
+            log_layers=log_layers,
+            verbose=verbose,
+        )
