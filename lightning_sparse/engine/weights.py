@@ -168,7 +168,7 @@ class LatentWeights:
                 if scale != 1.0:
                     grad.mul_(scale)
         self._sum_learned(latent for latent, _ in hosted)
-        if due and self.method.replaces_step and hosted:
+        if due and self.method.replaces_step and any("mask" in latent.state for latent, _ in hosted):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # so that the optimizer leaves it alone

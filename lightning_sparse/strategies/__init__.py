@@ -9,4 +9,4 @@ from lightning_sparse.strategies.st3 import ST3, ST3Sigma
 from lightning_sparse.strategies.str import STR
 from lightning_sparse.strategies.topk_annealing import TopKGradientAnnealing
 
-__all__ = ["GMP", "SET", "ST3", "ST3Sigma", "STR", "AutoSparse", "RigL", "StaticSparsity", "TopKGradientAnnealing"]
+__all__ = ["AutoSparse", "GMP", "RigL", "SET", "ST3", "ST3Sigma", "STR", "StaticSparsity", "TopKGradientAnnealing"]
