@@ -5,20 +5,32 @@ from importlib.metadata import version
 from lightning_sparse.engine.callback import SparseTraining
 from lightning_sparse.engine.checkpoint import SparseModelCheckpoint, consolidate_checkpoint
 from lightning_sparse.strategies import (
+    ACDC,
     GMP,
+    LAMP,
+    LATS,
     SET,
     ST3,
     STR,
     AutoSparse,
+    KeepMask,
+    Powerpropagation,
     RigL,
     ST3Sigma,
     StaticSparsity,
+    StraightThroughMagnitude,
+    TopKAST,
     TopKGradientAnnealing,
 )
 
 __all__ = [
+    "ACDC",
     "AutoSparse",
     "GMP",
+    "KeepMask",
+    "LAMP",
+    "LATS",
+    "Powerpropagation",
     "RigL",
     "SET",
     "ST3",
@@ -27,6 +39,8 @@ __all__ = [
     "SparseModelCheckpoint",
     "SparseTraining",
     "StaticSparsity",
+    "StraightThroughMagnitude",
+    "TopKAST",
     "TopKGradientAnnealing",
     "consolidate_checkpoint",
 ]

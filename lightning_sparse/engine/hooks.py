@@ -244,7 +244,7 @@ class TrainingHooks(pl.Callback):
                 f"Training ended at sparsity {self.sparsity:.4f}, before `{type(self).__name__}` reached"
                 f" {self.final_sparsity}. Let `end` come earlier or train longer."
             )
-        elif self.sparsity == 0.0 and self.final_sparsity is None:
+        elif self.sparsity == 0.0 and any("threshold" in latent.state for latent in self._weights.latents.values()):
             rank_zero_warn(
                 f"`{type(self).__name__}` pruned nothing: no threshold exceeded a weight. Raise `threshold_init`,"
                 " `threshold_weight_decay` or the length of training."
@@ -319,7 +319,9 @@ class TrainingHooks(pl.Callback):
         start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
         progress = self._clock.progress(self._position, start, end)
         elapsed = min(1.0, self._position / max(self._clock.epochs, 1e-9))
-        return Context(step, self._epoch, self._clock.epochs, progress, elapsed, self._weights.generator)
+        return Context(
+            step, self._epoch, self._clock.epochs, progress, elapsed, self._weights.generator, self._position
+        )
 
     def _tick(self, trainer: pl.Trainer, batches: int, epoch: int) -> None:
         """Read the clock, with so many batches of an epoch done."""

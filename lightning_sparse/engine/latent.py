@@ -128,6 +128,7 @@ class Context:
         progress: Progress over the window from ``start`` to ``end``, in ``[0, 1]``.
         elapsed: Fraction of the whole training so far, in ``[0, 1]``; 0 when that is open-ended.
         generator: Source of random numbers, the same on every rank and after resuming.
+        position: Epochs so far, with the fraction of the current one.
     """
 
     step: int
@@ -136,6 +137,7 @@ class Context:
     progress: float
     elapsed: float = 0.0
     generator: torch.Generator | None = None
+    position: float = 0.0
 
 
 def _gather(tensor: Tensor) -> Tensor:

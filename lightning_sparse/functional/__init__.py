@@ -8,6 +8,7 @@ from lightning_sparse.functional.gradients import (
     threshold_gradient,
 )
 from lightning_sparse.functional.measures import count_nonzeros, sparsity
+from lightning_sparse.functional.powers import power_gradient, signed_power
 from lightning_sparse.functional.projections import (
     channel_scale,
     exceeds,
@@ -15,6 +16,7 @@ from lightning_sparse.functional.projections import (
     rescaled_soft_threshold,
     soft_threshold,
 )
+from lightning_sparse.functional.scores import lamp_scores
 from lightning_sparse.functional.selection import (
     draw,
     kth_largest,
@@ -34,11 +36,14 @@ __all__ = [
     "exceeds",
     "hard_threshold",
     "kth_largest",
+    "lamp_scores",
     "largest_among",
     "magnitude_quantile",
     "mask_gradient",
     "order_statistics",
+    "power_gradient",
     "rescaled_soft_threshold",
+    "signed_power",
     "soft_threshold",
     "sparsity",
     "threshold_gradient",

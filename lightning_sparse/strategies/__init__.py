@@ -1,12 +1,36 @@
 """Published methods, one file per paper."""
 
+from lightning_sparse.strategies.acdc import ACDC
 from lightning_sparse.strategies.autosparse import AutoSparse
 from lightning_sparse.strategies.gmp import GMP
+from lightning_sparse.strategies.keep_mask import KeepMask
+from lightning_sparse.strategies.lamp import LAMP
+from lightning_sparse.strategies.lats import LATS
+from lightning_sparse.strategies.powerprop import Powerpropagation
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
 from lightning_sparse.strategies.sparse_to_sparse import StaticSparsity
 from lightning_sparse.strategies.st3 import ST3, ST3Sigma
 from lightning_sparse.strategies.str import STR
+from lightning_sparse.strategies.straight_through import StraightThroughMagnitude
 from lightning_sparse.strategies.topk_annealing import TopKGradientAnnealing
+from lightning_sparse.strategies.topkast import TopKAST
 
-__all__ = ["AutoSparse", "GMP", "RigL", "SET", "ST3", "ST3Sigma", "STR", "StaticSparsity", "TopKGradientAnnealing"]
+__all__ = [
+    "ACDC",
+    "AutoSparse",
+    "GMP",
+    "KeepMask",
+    "LAMP",
+    "LATS",
+    "Powerpropagation",
+    "RigL",
+    "SET",
+    "ST3",
+    "ST3Sigma",
+    "STR",
+    "StaticSparsity",
+    "StraightThroughMagnitude",
+    "TopKAST",
+    "TopKGradientAnnealing",
+]

@@ -62,7 +62,8 @@ def test_replicated_and_sharded_weights_end_alike(trained, size, name):
     assert ddp.pop("compared") == size * one.pop("compared") > 0
     assert_alike(ddp, one)
     assert ddp["metrics"] == pytest.approx(one["metrics"])
-    if size == 2:  # two numbers add up in one way only
+    # Two numbers add up in one way only; but how a power is rounded depends on where in memory it is taken.
+    if size == 2 and getattr(SETTINGS[name].build(), "power", 1.0) == 1.0:
         assert_same({**fsdp, "compared": 0}, {**ddp, "compared": 0})
     assert_alike(fsdp, one)
     assert fsdp["metrics"] == pytest.approx(one["metrics"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_sparse import ST3, AutoSparse, TopKGradientAnnealing
+from lightning_sparse import ST3, AutoSparse, Powerpropagation, TopKAST, TopKGradientAnnealing
 from tests.helpers.assertions import describe
 from tests.helpers.models import Classifier, Gan, ManualClassifier, Saver, fit
 from tests.helpers.probes import HOOKS, LateProbe, Probe, ProbedSGD
@@ -57,6 +57,12 @@ class Step(Callback):
         for name, (theta, mask, grad) in before.items():
             assert torch.equal(parameters[name], theta)
             latent_grad = parameters[name].grad
+            if isinstance(self.sparse, TopKAST):  # whose gradient is not that of the loss alone
+                movable = self.sparse.movable(self.sparse._find(name))
+                assert torch.equal(latent_grad != 0, movable)
+                continue
+            if isinstance(self.sparse, Powerpropagation):
+                grad = grad * (self.sparse.power * theta.abs() ** (self.sparse.power - 1.0))
             assert torch.equal(latent_grad[mask], grad[mask])
             if isinstance(self.sparse, AutoSparse | TopKGradientAnnealing):
                 assert (latent_grad.abs() <= grad.abs()).all()

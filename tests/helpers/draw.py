@@ -58,7 +58,7 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
     if budget:
         kwargs["sparsity"] = draw(st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.9, 0.95, 0.99]))
         freeze = ["freeze"] if "freeze" in known and draw(st.booleans()) else []
-        kwargs |= draw(moments(["start", "end", *freeze], fractions))
+        kwargs |= draw(moments([*(name for name in ("start", "end") if name in known), *freeze], fractions))
         if strategy == "ST3-freeze" and "freeze" not in kwargs:
             kwargs["freeze"] = kwargs["end"]
     # Pruned weights of a method without latents do not come back, so that its ramp never falls.

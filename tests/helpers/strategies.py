@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import lightning_sparse as ls
-from lightning_sparse import SparseTraining
+from lightning_sparse import SparseTraining, functional
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,19 @@ class Setting:
 
     def build_dense(self, **kwargs: Any) -> SparseTraining:
         return self.method(verbose=False, **self.dense, **kwargs)
+
+
+class Pruned(ls.KeepMask):
+    """For a model with zeros: the smallest of each weight are zero before training."""
+
+    def __init__(self, zeros: float = 0.7, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.zeros = zeros
+
+    def init_state(self, theta: Tensor) -> dict[str, Tensor]:
+        mask = functional.topk_masks([theta], theta.numel() - round(self.zeros * theta.numel()))[0]
+        functional.hard_threshold(theta, mask, out=theta)
+        return {}
 
 
 _RAMP = {"start": 0.0, "end": 0.5}
@@ -57,6 +71,30 @@ SETTINGS = {
     "SET": Setting(ls.SET, {"sparsity": 0.7, "update_every_n_steps": 2}, sparsity=0.7),
     "RigL": Setting(ls.RigL, {"sparsity": 0.7, "update_every_n_steps": 2, "distribution": "uniform"}, sparsity=0.7),
     "GMP": Setting(ls.GMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
+    "LAMP": Setting(ls.LAMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
+    "StraightThroughMagnitude": Setting(ls.StraightThroughMagnitude, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
+    "Powerpropagation": Setting(
+        ls.Powerpropagation,
+        {"sparsity": 0.7, **_RAMP, "power": 1.5, "update_every_n_steps": 2},
+        {"sparsity": 0.0, "power": 1.0},
+        sparsity=0.7,
+    ),
+    "TopKAST": Setting(
+        ls.TopKAST,
+        {"sparsity": 0.7, "backward_sparsity": 0.4, "exploration_loss": 0.01, "update_every_n_steps": 2},
+        sparsity=0.7,
+    ),
+    "TopKAST-power": Setting(
+        ls.TopKAST,
+        {"sparsity": 0.7, "end": 0.7, "power": 1.5, "distribution": "erk", "update_every_n_steps": 1},
+        {"sparsity": 0.0, "power": 1.0},
+        sparsity=0.7,
+    ),
+    "ACDC": Setting(
+        ls.ACDC, {"sparsity": 0.7, "start": 0.1, "end": 0.7, "sparse_phase": 0.2, "dense_phase": 0.1}, sparsity=0.7
+    ),
+    "LATS": Setting(ls.LATS, {"threshold": 0.1}, {"threshold": 0.0}),
+    "KeepMask": Setting(Pruned, {"zeros": 0.7}, {"zeros": 0.0}),
 }
 
 

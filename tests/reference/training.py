@@ -23,13 +23,14 @@ def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None, i
         for index, (x, y) in enumerate(batches):
             method.epoch = epoch
             shown = {name: method.shown(name, thetas[name]) for name in method.names}
-            loss = F.cross_entropy(functional_call(net, shown, (x,)), y) / accumulate
+            loss = (F.cross_entropy(functional_call(net, shown, (x,)), y) + method.penalty()) / accumulate
             loss.backward()
             if (index + 1) % accumulate == 0 or index + 1 == len(batches):
                 if clip is not None:
                     nn.utils.clip_grad_norm_(thetas.values(), clip)
                 for group, hosted in scalars:
                     group.update({key: hosted[key] for key in followed})
+                method.before_step(host, epoch, index + 1, len(batches))
                 host.step()
                 learner.step()
                 host.zero_grad()
@@ -70,6 +71,12 @@ class Method:
 
     def shown(self, name, theta):
         return theta
+
+    def penalty(self):
+        return 0.0
+
+    def before_step(self, host, epoch, batch, batches):
+        pass
 
     def after_step(self, epoch, batch, batches):
         self.step += 1

@@ -1,0 +1,130 @@
+"""AC/DC: phases of compressed and of decompressed training take turns."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.checks import check_moment
+from lightning_sparse.engine.latent import Context, Latent
+
+__all__ = ["ACDC"]
+
+
+class ACDC(SparseTraining):
+    r"""Train dense, then sparse and dense by turns, then sparse to the end.
+
+    .. math:: w = m \odot \theta, \qquad \frac{\partial L}{\partial \theta} = m \odot \frac{\partial L}{\partial w}
+
+    As a sparse phase begins, the mask :math:`m` keeps the largest magnitudes; it stays as it is until the phase ends.
+    Pruned weights are set to zero, from where they train on in the next dense phase. From ``end`` on the network stays
+    sparse. A sparse phase that a full dense one could not follow before ``end`` is left out, so that the last dense
+    phase is longer than the others.
+
+    Args:
+        sparsity: Fraction of zeros among the targeted weights in sparse phases, in ``[0, 1)``; reached exactly.
+        start: When the first sparse phase begins: int = epoch, float = fraction of training.
+        end: When the last sparse phase begins.
+        sparse_phase: Length of the other sparse phases: int = epochs, float = fraction of training.
+        dense_phase: Length of the dense phases.
+        distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
+        reset_optimizer_state: Whether the optimizer forgets what it knows of the targeted weights as a sparse phase
+            ends.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log the sparsity of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
+
+    Note:
+        In 100 epochs the defaults are the phases of the authors' configuration for ResNet-50 on ImageNet: sparse in
+        epochs 10 to 15, 20 to 25 and so on to 75, then from 85 on. Their code resets the momentum of all parameters,
+        biases included, if asked.
+
+    References:
+        Peste et al., "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks", NeurIPS 2021,
+        https://arxiv.org/abs/2106.12379; code https://github.com/IST-DASLab/ACDC.
+
+    Example:
+        >>> ACDC(sparsity=0.9, start=10, sparse_phase=5, dense_phase=5, end=85).final_sparsity
+        0.9
+    """
+
+    paper = "Peste et al., NeurIPS 2021, https://arxiv.org/abs/2106.12379"
+    keeps_latent = False
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        start: int | float = 0.1,
+        end: int | float = 0.85,
+        sparse_phase: int | float = 0.05,
+        dense_phase: int | float = 0.05,
+        distribution: Literal["global", "uniform"] = "global",
+        reset_optimizer_state: bool = True,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        for name, phase in (("sparse_phase", sparse_phase), ("dense_phase", dense_phase)):
+            check_moment(name, phase)
+            if not phase:
+                raise ValueError(f"Expected argument `{name}` to be longer than nothing, but got {phase!r}.")
+        super().__init__(
+            sparsity,
+            start=start,
+            end=end,
+            schedule="constant",
+            distribution=distribution,
+            gradient="masked",
+            targets=targets,
+            ignore=ignore,
+            overrides=overrides,
+            log_layers=log_layers,
+            verbose=verbose,
+        )
+        self.sparse_phase, self.dense_phase = sparse_phase, dense_phase
+        self.reset_optimizer_state = reset_optimizer_state
+
+    def is_sparse(self, position: float) -> bool:
+        """Whether the phase at a position, in epochs, is a sparse one."""
+        start, end, sparse, dense = (
+            self._clock.at(getattr(self, name), name) for name in ("start", "end", "sparse_phase", "dense_phase")
+        )
+        position += 1e-9  # so that 0.55 * 100 epochs end with the 55th epoch
+        cycle, within = divmod(position - start, sparse + dense)
+        last = start + (cycle + 1) * (sparse + dense) > end + 1e-9
+        return position >= end or (position >= start and within < sparse and not last)
+
+    def is_due(self, context: Context) -> bool:
+        """Whether a phase has ended."""
+        sparse = self.is_sparse(context.position)
+        pruned = (latent for latent in self._weights.latents.values() if latent.sparsity != 0.0)
+        return any(("mask" in latent.state) != sparse for latent in pruned)
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Take the mask of a sparse phase, or none."""
+        if self.is_sparse(context.position):
+            return super().select(latents, sparsity, context)
+        slots = (slot for latent in latents if "mask" in latent.state for slot in latent.slots.values())
+        for slot in slots:
+            if self.reset_optimizer_state and isinstance(slot, Tensor) and slot.ndim:
+                slot.zero_()
+        return [{} for _ in latents]
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """Fraction of zeros that the present phase asks for."""
+        return super().target_sparsity if self.is_sparse(self._context().position) else 0.0
+
+    def gradient_density(self, density: float, context: Context) -> float:
+        """That of the weights in sparse phases, all of it in dense ones."""
+        begun = context.position - 1.0 / self._clock.batches  # when the batch that has just ended began
+        return density if self.is_sparse(begun) else 1.0

@@ -1,0 +1,96 @@
+"""LAMP: magnitudes that compete across layers by their share of what is left."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_sparse import functional
+from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.latent import Context, Latent
+
+__all__ = ["LAMP"]
+
+
+class LAMP(SparseTraining):
+    r"""Prune the smallest layer-adaptive scores step by step along a cubic ramp, then train what is left.
+
+    .. math::
+        w = m \odot \theta, \qquad \frac{\partial L}{\partial \theta} = m \odot \frac{\partial L}{\partial w}, \qquad
+        s_i = \theta_i^2 \Big/ \sum_{j:\, |\theta_j| \ge |\theta_i|} \theta_j^2
+
+    The sum runs over the layer of the weight. The mask :math:`m` keeps the largest scores :math:`s` over all layers
+    (:func:`~lightning_sparse.functional.lamp_scores`), within a layer thus the largest magnitudes, and of each layer at
+    least one. It is taken anew every ``update_every_n_steps`` steps from ``start`` to ``end`` and then stays. Pruned
+    weights are set to zero and do not come back.
+
+    Args:
+        sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``; reached exactly.
+        start: When the ramp starts: int = epoch, float = fraction of training.
+        end: When it reaches ``sparsity``.
+        initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
+        schedule: Shape of the ramp.
+        update_every_n_steps: Optimizer steps between new masks. Each new mask sorts every layer.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log the sparsity of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
+
+    Note:
+        The authors prune a trained network, in one go or in rounds with retraining in between; here the same scores
+        drive a gradual ramp. They add up in single precision and let ties fall as they come; here in double precision,
+        with ties by position.
+
+    References:
+        Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", ICLR 2021,
+        https://arxiv.org/abs/2010.07611; code https://github.com/jaeho-lee/layer-adaptive-sparsity.
+
+    Example:
+        >>> LAMP(sparsity=0.8, update_every_n_steps=200).final_sparsity
+        0.8
+    """
+
+    paper = "Lee et al., ICLR 2021, https://arxiv.org/abs/2010.07611"
+    keeps_latent = False
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        *,
+        start: int | float = 0.2,
+        end: int | float = 0.8,
+        initial_sparsity: float = 0.0,
+        schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
+        update_every_n_steps: int = 100,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            start=start,
+            end=end,
+            initial_sparsity=initial_sparsity,
+            schedule=schedule,
+            gradient="masked",
+            freeze=end,
+            update_every_n_steps=update_every_n_steps,
+            targets=targets,
+            ignore=ignore,
+            overrides=overrides,
+            log_layers=log_layers,
+            verbose=verbose,
+        )
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Keep the largest scores."""
+        scores = [functional.lamp_scores(latent.theta) for latent in latents]
+        total = sum(score.numel() for score in scores)
+        masks = functional.topk_masks(scores, total - round((sparsity or 0.0) * total))
+        return [{"mask": mask} for mask in masks]

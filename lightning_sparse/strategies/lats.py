@@ -1,0 +1,86 @@
+"""S-LATS: one prescribed soft threshold for all layers."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.checks import check_number
+from lightning_sparse.engine.latent import Context, Latent
+
+__all__ = ["LATS"]
+
+
+class LATS(SparseTraining):
+    r"""Soft-threshold all layers by one number that rises as an L1 penalty under a cosine learning rate would.
+
+    .. math::
+        w = \operatorname{sign}(\theta) \max(|\theta| - \tau, 0), \qquad
+        \frac{\partial L}{\partial \theta} = \frac{\partial L}{\partial w}, \qquad
+        \tau = D \left(p + \frac{\sin \pi p}{\pi}\right)
+
+    with :math:`p` the progress from ``start`` to ``end``. The threshold moves at every step.
+
+    Args:
+        threshold: Final threshold :math:`D`, in the units of the weights.
+        start: When the threshold starts to rise: int = epoch, float = fraction of training.
+        end: When it reaches ``threshold``.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern None (stay dense).
+        log_layers: Also log sparsity and threshold of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
+
+    Note:
+        Sparsity is an outcome here, not a target: choose ``threshold`` by trial, or use :class:`ST3`, whose threshold
+        is the quantile that a wanted sparsity asks for. This is the simplified schedule of the authors (S-LATS), whose
+        window is the whole training; the other one follows the learning rate that training has.
+
+    References:
+        Chen et al., "A Unified Framework for Soft Threshold Pruning", ICLR 2023,
+        https://openreview.net/forum?id=cCFqcrq0d8; code https://github.com/Yanqi-Chen/LATS.
+
+    Example:
+        >>> LATS(threshold=0.01).final_threshold
+        0.01
+    """
+
+    paper = "Chen et al., ICLR 2023, https://openreview.net/forum?id=cCFqcrq0d8"
+
+    def __init__(
+        self,
+        threshold: float,
+        *,
+        start: int | float = 0.0,
+        end: int | float = 1.0,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, float] | None] | None = None,
+        log_layers: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        check_number("threshold", threshold, negative=False)
+        super().__init__(
+            None,
+            start=start,
+            end=end,
+            projection="soft",
+            gradient="straight_through",
+            targets=targets,
+            ignore=ignore,
+            overrides=overrides,
+            log_layers=log_layers,
+            verbose=verbose,
+        )
+        self.final_threshold = threshold
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Read the threshold off the clock."""
+        risen = context.progress + math.sin(math.pi * context.progress) / math.pi
+        value = self.final_threshold * risen
+        return [{"threshold": torch.tensor(value, dtype=x.theta.dtype, device=x.theta.device)} for x in latents]
