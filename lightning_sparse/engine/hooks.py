@@ -18,7 +18,7 @@ from lightning_sparse.engine.agreement import check_agreement
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
-from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped
+from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped, unscale
 from lightning_sparse.engine.targets import Target, find_targets
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
 from lightning_sparse.reports import Report, Row, show_report, show_targets
@@ -174,7 +174,10 @@ class TrainingHooks(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Called before ``optimizer.step`` and before gradients are clipped. Shows the latents to the optimizer."""
-        takes_place, scale = foresee(getattr(trainer.precision_plugin, "scaler", None), optimizer)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if self._weights.method.replaces_step:
+            unscale(scaler, optimizer)  # a step without gradients leaves a fused kernel nothing to look at
+        takes_place, scale = foresee(scaler, optimizer)
         if takes_place and self._trains(trainer):
             self._weights.bind(pl_module)
             self._weights.expose(optimizer, trainer.optimizers.index(optimizer), self._context, scale)

@@ -71,9 +71,12 @@ class Latent:
             self.state.pop(key, None)
         grown = selection.pop("grown", None)
         self.state.update(selection)
-        if self.dense is not None or before is None or "mask" not in selection:
+        if self.dense is not None or "mask" not in selection:
             return None
-        grown = selection["mask"] & ~before if grown is None else grown
+        if grown is None:
+            if before is None:
+                return None
+            grown = selection["mask"] & ~before
         hard_threshold(self.theta, ~grown, out=self.theta)
         return grown
 

@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StepWatch", "foresee", "has_skipped"]
+__all__ = ["StepWatch", "foresee", "has_skipped", "unscale"]
 
 
 def foresee(scaler: Any, optimizer: Optimizer) -> tuple[bool, float]:
@@ -29,6 +29,14 @@ def foresee(scaler: Any, optimizer: Optimizer) -> tuple[bool, float]:
         return True, scaler.get_scale()
     # Without a loss there was nothing to unscale, and there will be no step.
     return bool(overflows) and not any(overflows.values()), 1.0
+
+
+def unscale(scaler: Any, optimizer: Optimizer) -> None:
+    """Unscale gradients and look for overflows now, where that has been left to a fused kernel."""
+    if not isinstance(scaler, GradScaler) or not scaler.is_enabled() or scaler._found_inf_per_device(optimizer):
+        return
+    if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+        scaler.unscale_(optimizer)
 
 
 def has_skipped(optimizer: Optimizer) -> bool:

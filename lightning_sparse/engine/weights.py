@@ -157,7 +157,7 @@ class LatentWeights:
         now = context(self.steps.get(index, 0) + 1)
         due = not self.frozen and self.method.is_due(now)
         for latent, _ in hosted:
-            grad = latent.weight.grad
+            grad, latent.grad = latent.weight.grad, None
             if grad is not None:
                 if scale != 1.0:
                     grad.div_(scale)
