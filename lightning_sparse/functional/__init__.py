@@ -1,13 +1,13 @@
 """Pure maths of sparse training: tensors and numbers in, tensors out; sharded tensors (DTensor) included."""
 
-from lightning_sparse.functional.allocation import erdos_renyi
+from lightning_sparse.functional.allocation import apportion, erdos_renyi
 from lightning_sparse.functional.gradients import (
     anneal_gradient,
     backward_set,
     mask_gradient,
     threshold_gradient,
 )
-from lightning_sparse.functional.measures import count_nonzeros, sparsity
+from lightning_sparse.functional.measures import count_nonzeros, sparsity, sum_magnitudes
 from lightning_sparse.functional.powers import power_gradient, signed_power
 from lightning_sparse.functional.projections import (
     channel_scale,
@@ -28,6 +28,7 @@ from lightning_sparse.functional.selection import (
 
 __all__ = [
     "anneal_gradient",
+    "apportion",
     "backward_set",
     "channel_scale",
     "count_nonzeros",
@@ -46,6 +47,7 @@ __all__ = [
     "signed_power",
     "soft_threshold",
     "sparsity",
+    "sum_magnitudes",
     "threshold_gradient",
     "topk_masks",
 ]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-__all__ = ["erdos_renyi"]
+__all__ = ["apportion", "erdos_renyi"]
 
 
 def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: bool = True) -> list[float]:
@@ -44,3 +44,36 @@ def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: boo
             return [0.0 if index in dense else 1.0 - epsilon * raw[index] for index in range(len(shapes))]
         # As the authors do: only the densest become dense at once, then the others share what is left.
         dense |= {index for index in full if raw[index] == max(raw[i] for i in full)}
+
+
+def apportion(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
+    """Split a whole number in proportion to weights; what exceeds the room of one is shared by the others.
+
+    Args:
+        total: Number to split, at most the sum of ``room``.
+        weights: One for each share, finite, ``>= 0``; where all that have room left weigh nothing, the room counts.
+        room: Largest size of each share.
+
+    Returns:
+        Whole numbers that add up to ``total``; the largest remainders are rounded up, earlier ones first.
+
+    Example:
+        >>> apportion(10, [3.0, 1.0, 1.0], [20, 20, 1])
+        [7, 2, 1]
+    """
+    full: set[int] = set()
+    while True:
+        free = [index for index in range(len(room)) if index not in full]
+        left = total - sum(room[index] for index in full)
+        weighing: Sequence[float] = weights if any(weights[index] > 0 for index in free) else room
+        unit = left / (sum(weighing[index] for index in free) or 1.0)
+        over = {index for index in free if unit * weighing[index] > room[index]}
+        if not over:
+            break
+        full |= over
+    shares = [float(room[index]) if index in full else unit * weighing[index] for index in range(len(room))]
+    parts = [math.floor(share) for share in shares]
+    order = sorted(free, key=lambda index: parts[index] - shares[index])
+    for index in order[: total - sum(parts)]:
+        parts[index] += 1
+    return parts

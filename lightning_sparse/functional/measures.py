@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_sparse.functional.selection import CHUNK, chunks
 from lightning_sparse.functional.sharding import local, sum_each
 
-__all__ = ["count_nonzeros", "sparsity"]
+__all__ = ["count_nonzeros", "sparsity", "sum_magnitudes"]
 
 
 def count_nonzeros(tensors: Sequence[Tensor]) -> Tensor:
@@ -52,3 +52,19 @@ def sparsity(tensors: Iterable[Tensor]) -> float:
     tensors = list(tensors)
     total = sum(tensor.numel() for tensor in tensors)
     return (total - int(count_nonzeros(tensors).sum())) / total if total else 0.0
+
+
+def sum_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """Add up the magnitudes of each tensor.
+
+    Args:
+        tensors: Any shapes, sharded or not; every rank must enter with its part.
+
+    Returns:
+        One number per tensor, float64, the same on every rank, left on the device.
+
+    Example:
+        >>> sum_magnitudes([torch.tensor([-1.0, 2.0])])
+        tensor([3.], dtype=torch.float64)
+    """
+    return sum_each([local(tensor.detach()).abs().sum(dtype=torch.float64) for tensor in tensors], tensors)

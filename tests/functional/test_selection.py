@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 
-from lightning_sparse.functional import kth_largest, magnitude_quantile, order_statistics, selection, topk_masks
+from lightning_sparse.functional import (
+    draw,
+    kth_largest,
+    largest_among,
+    magnitude_quantile,
+    order_statistics,
+    selection,
+    topk_masks,
+)
 from tests.reference import functional as reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -18,14 +26,14 @@ SHAPES = [(), (0,), (1,), (7,), (2, 3), (3, 0), (2, 3, 2, 2), (1, 5, 1)]
 
 
 @st.composite
-def tensors(draw, dtypes=DTYPES):
+def tensors(pick, dtypes=DTYPES):
     """A tensor of any data type and memory layout, with many equal magnitudes."""
-    shape = draw(st.sampled_from(SHAPES))
+    shape = pick(st.sampled_from(SHAPES))
     number = st.sampled_from(SPECIAL) | st.floats(-8, 8, width=16) | st.floats(allow_nan=False)
     size = torch.Size(shape).numel()
-    values = draw(st.lists(number, min_size=size, max_size=size))
-    tensor = torch.tensor(values, dtype=torch.float64).reshape(shape).to(draw(st.sampled_from(dtypes)))
-    layout = draw(st.sampled_from(["contiguous", "first dimension fastest", "every other element"]))
+    values = pick(st.lists(number, min_size=size, max_size=size))
+    tensor = torch.tensor(values, dtype=torch.float64).reshape(shape).to(pick(st.sampled_from(dtypes)))
+    layout = pick(st.sampled_from(["contiguous", "first dimension fastest", "every other element"]))
     if layout == "first dimension fastest" and shape:
         return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == "every other element":
@@ -34,9 +42,9 @@ def tensors(draw, dtypes=DTYPES):
 
 
 @st.composite
-def models(draw, dtypes=DTYPES):
+def models(pick, dtypes=DTYPES):
     """A list of tensors with at least one element in all."""
-    return draw(st.lists(tensors(dtypes), min_size=1, max_size=5).filter(lambda ts: any(t.numel() for t in ts)))
+    return pick(st.lists(tensors(dtypes), min_size=1, max_size=5).filter(lambda ts: any(t.numel() for t in ts)))
 
 
 def count(tensors):
@@ -218,3 +226,25 @@ def test_nothing_at_all():
     assert topk_masks([torch.ones(0, 3)], 0)[0].shape == (0, 3)
     with pytest.raises(ValueError, match="Expected argument"):
         magnitude_quantile([torch.ones(0)], 0.5)
+
+
+@given(tensors(), st.data())
+def test_largest_among_looks_at_nothing_but_candidates(tensor, data):
+    scores = tensor.abs()
+    flags = data.draw(st.lists(st.booleans(), min_size=tensor.numel(), max_size=tensor.numel()))
+    candidates = torch.tensor(flags, dtype=torch.bool).view(tensor.shape)
+    k = data.draw(st.integers(0, sum(flags)))
+    found = largest_among(scores, candidates, k).flatten().tolist()
+    numbers = reference.numbers(scores)
+    order = sorted((i for i, flag in enumerate(flags) if flag), key=lambda i: -numbers[i])
+    assert [i for i, kept in enumerate(found) if kept] == sorted(order[:k])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws_are_uniform_numbers_of_the_generator(dtype):
+    generator = torch.Generator().manual_seed(3)
+    first, second = draw(torch.empty(50, 40, dtype=dtype), generator), draw(torch.empty(50, 40), generator)
+    assert first.shape == (50, 40)
+    assert 0 <= first.min() < 0.01 < 0.99 < first.max() < 1
+    assert not torch.equal(first, second)
+    assert torch.equal(first, draw(torch.empty(50, 40), torch.Generator().manual_seed(3)))

@@ -74,6 +74,14 @@ def check_single(tensor, parts):
     assert torch.equal(everywhere.bool(), marked.flatten())
     assert_same(whole(functional.exceeds(parts, 0.3)), functional.exceeds(tensor, 0.3))
     assert_same(whole(functional.soft_threshold(parts, 0.3)), functional.soft_threshold(tensor, 0.3))
+    candidates = tensor.abs() > 0.3
+    for k in range(0, int(candidates.sum()) + 1, 5):
+        among = functional.largest_among(parts.abs(), functional.exceeds(parts, 0.3), k)
+        assert_same(whole(among), functional.largest_among(tensor.abs(), candidates, k))
+    seed = torch.Generator().manual_seed
+    assert_same(whole(functional.draw(parts, seed(1))), functional.draw(tensor, seed(1)))
+    totals = functional.sum_magnitudes([parts]), functional.sum_magnitudes([tensor])
+    torch.testing.assert_close(*totals, rtol=1e-12, atol=0.0)
     masked = functional.hard_threshold(parts, functional.exceeds(parts, 0.3))
     assert_same(whole(masked), functional.hard_threshold(tensor, functional.exceeds(tensor, 0.3)))
     if tensor.numel() and tensor.isfinite().all():
