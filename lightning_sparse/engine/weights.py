@@ -131,7 +131,12 @@ class LatentWeights:
 
     def _left_by(self, latent: Latent, weight: Tensor, context: Context) -> bool:
         """Whether the model still holds what the latent projects to."""
-        if latent.dense is None or latent.dense.shape != weight.shape:
+        if latent.dense is None:  # the mask is all there is to keep
+            mask = latent.state.get("mask")
+            if mask is None or mask.shape != weight.shape:
+                return False
+            return not count_nonzeros([hard_threshold(weight, spread(whole(~mask).to(weight.device), weight))]).any()
+        if latent.dense.shape != weight.shape:
             return False
         expected = torch.empty_like(latent.dense)
         self.method.project(latent, context, expected)
