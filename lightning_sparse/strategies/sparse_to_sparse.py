@@ -11,7 +11,14 @@ from lightning_sparse.engine.callback import SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_fraction
 from lightning_sparse.engine.latent import Context, Latent
 
-__all__ = ["SparseToSparse", "StaticSparsity"]
+__all__ = ["SparseToSparse", "StaticSparsity", "random_mask"]
+
+
+def random_mask(latent: Latent, sparsity: float, context: Context) -> Tensor:
+    """Keep weights at random, those that are not zero first, so that a model that is sparse already stays as it is."""
+    size = latent.theta.numel()
+    scores = functional.draw(latent.theta, context.generator) + (latent.theta != 0)
+    return functional.topk_masks([scores], size - round(sparsity * size))[0]
 
 
 class SparseToSparse(SparseTraining):
@@ -102,15 +109,17 @@ class SparseToSparse(SparseTraining):
 
     def _select_one(self, latent: Latent, sparsity: float, context: Context) -> dict[str, Tensor]:
         if "mask" not in latent.state:
-            size = latent.theta.numel()
-            scores = functional.draw(latent.theta, context.generator)
-            return {"mask": functional.topk_masks([scores], size - round(sparsity * size))[0]}
-        if not self.is_due(context):
+            return {"mask": random_mask(latent, sparsity, context)}
+        # A weight that this step has given no gradient takes no part in it.
+        if not self.is_due(context) or (self.needs_gradient and latent.grad is None):
             return {"mask": latent.state["mask"]}
-        fraction = self.drop_fraction
-        if self.drop_schedule == "cosine":
-            fraction *= (1 + math.cos(math.pi * context.progress)) / 2
-        return self.drop_and_grow(latent, fraction, context)
+        return self.drop_and_grow(latent, self.fraction(context), context)
+
+    def fraction(self, context: Context) -> float:
+        """Fraction of the kept weights to drop now."""
+        if self.drop_schedule == "constant":
+            return self.drop_fraction
+        return self.drop_fraction * (1 + math.cos(math.pi * context.progress)) / 2
 
     def drop_and_grow(self, latent: Latent, fraction: float, context: Context) -> dict[str, Tensor]:
         """Drop a fraction of the kept weights, the smallest ones, and grow as many, perhaps the same."""
@@ -122,9 +131,23 @@ class SparseToSparse(SparseTraining):
 
 
 class StaticSparsity(SparseToSparse):
-    """A random mask that stays as it is.
+    r"""A random mask that stays as it is.
 
-    Takes the arguments of :class:`SparseToSparse` but for those of its updates.
+    .. math:: w = m \odot \theta, \qquad \partial L / \partial \theta = m \odot \partial L / \partial w
+
+    Args:
+        sparsity: Fraction of zeros among the targeted weights, in ``[0, 1)``.
+        distribution: How the budget is split between the layers, see
+            :class:`~lightning_sparse.engine.callback.SparseTraining`.
+        seed: Of the random numbers.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log the sparsity of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+
+    Raises:
+        ValueError: If a value is out of its range, or a pattern matches nothing.
 
     Example:
         >>> StaticSparsity(sparsity=0.9, distribution="erk").final_sparsity

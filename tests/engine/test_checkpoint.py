@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_sparse import GMP, ST3, SparseModelCheckpoint
-from tests.helpers.assertions import count_sparsity
+from tests.helpers.assertions import count_sparsity, grows
 from tests.helpers.models import Classifier, Loader, make_trainer
 from tests.helpers.strategies import SETTINGS, parametrize
 
 EPOCHS = 6
-BUDGETS = [name for name, setting in SETTINGS.items() if setting.sparsity is not None]
+# Those that begin below their target and count it by zeros.
+BUDGETS = [name for name, setting in SETTINGS.items() if setting.sparsity and not grows(setting.build())]
 
 
 class Worsening(Classifier):

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from tests.helpers.assertions import assert_same, assert_sparse, describe
+from tests.helpers.assertions import assert_same, assert_sparse, describe, pruned
 from tests.helpers.models import Classifier, Gan, Loader, fit, make_net, run, snapshot
 from tests.helpers.strategies import SETTINGS, every_strategy, some_strategies
 
@@ -33,7 +33,7 @@ def latents_of(callback):
 def check_sparsity(setting, callback, model):
     assert_sparse(model, callback)
     if setting.sparsity is not None:
-        assert callback.sparsity == pytest.approx(setting.sparsity, abs=0.01)
+        assert pruned(callback) == pytest.approx(setting.sparsity, abs=0.01)
 
 
 @pytest.mark.parametrize("same_trainer", [True, False])
