@@ -7,8 +7,11 @@ from lightning_sparse.strategies.keep_mask import KeepMask
 from lightning_sparse.strategies.lamp import LAMP
 from lightning_sparse.strategies.lats import LATS
 from lightning_sparse.strategies.powerprop import Powerpropagation
+from lightning_sparse.strategies.granet import GraNet
+from lightning_sparse.strategies.mest import MEST
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
+from lightning_sparse.strategies.snfs import SNFS
 from lightning_sparse.strategies.sparse_to_sparse import StaticSparsity
 from lightning_sparse.strategies.st3 import ST3, ST3Sigma
 from lightning_sparse.strategies.str import STR
@@ -26,6 +29,9 @@ __all__ = [
     "Powerpropagation",
     "RigL",
     "SET",
+    "GraNet",
+    "MEST",
+    "SNFS",
     "ST3",
     "ST3Sigma",
     "STR",

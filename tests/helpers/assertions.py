@@ -14,6 +14,7 @@ from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse
 
 # Methods whose pruned weights come back from zero, so that for a step a kept weight is zero, too.
 FROM_ZERO = (ACDC, SparseToSparse)
+from lightning_sparse import MEST, GraNet, SparseTraining
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:
@@ -48,10 +49,23 @@ def assert_sparse(model: LightningModule, callback: SparseTraining) -> None:
             assert not weight[~mask].any(), zeros
         else:
             assert torch.equal(weight != 0, mask), zeros
+        zeros = weight == 0 if not grows(callback) else (weight == 0) & ~mask  # new weights start from zero
+        assert torch.equal(zeros, ~mask), f"{name}: zeros {(weight == 0).sum()}, pruned {(~mask).sum()}"
         if is_sharded(parameter):  # the sum over a row that is split is rounded otherwise
             torch.testing.assert_close(weight, project(callback, name), rtol=1e-6, atol=0.0)
         else:
             assert torch.equal(weight, project(callback, name)), f"{name} is no projection"
+
+
+def grows(callback: SparseTraining) -> bool:
+    """Whether weights come back from zero."""
+    return isinstance(callback, SparseToSparse | GraNet | MEST)
+
+
+def pruned(callback: SparseTraining) -> float:
+    """Fraction of the weights that are off the masks; some on them may be zero, too, if they are new."""
+    masks = [whole(callback.mask(name)) for name in callback.targets]
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def project(callback: SparseTraining, name: str) -> Tensor:

@@ -70,6 +70,27 @@ SETTINGS = {
     "StaticSparsity": Setting(ls.StaticSparsity, {"sparsity": 0.7}, sparsity=0.7),
     "SET": Setting(ls.SET, {"sparsity": 0.7, "update_every_n_steps": 2}, sparsity=0.7),
     "RigL": Setting(ls.RigL, {"sparsity": 0.7, "update_every_n_steps": 2, "distribution": "uniform"}, sparsity=0.7),
+    "SNFS": Setting(ls.SNFS, {"sparsity": 0.7, "update_every_n_steps": 2, "end": 0.5}, sparsity=0.7),
+    "GraNet": Setting(ls.GraNet, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
+    "GraNet-sparse": Setting(
+        ls.GraNet, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 3, "initial_sparsity": 0.5}, sparsity=0.7
+    ),
+    "MEST": Setting(
+        ls.MEST,
+        {"sparsity": 0.7, "update_every_n_steps": 2, "mutation": {0.0: 0.1, 0.25: 0.05, 0.5: 0.0}},
+        sparsity=0.7,
+    ),
+    "MEST-soft": Setting(
+        ls.MEST,
+        {
+            "sparsity": 0.7,
+            "variant": "EM&S",
+            "update_every_n_steps": 2,
+            "mutation": {0.0: 0.1, 0.5: 0.0},
+            "grad_weight": 0.1,
+        },
+        sparsity=0.7,
+    ),
     "GMP": Setting(ls.GMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
     "LAMP": Setting(ls.LAMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
     "StraightThroughMagnitude": Setting(ls.StraightThroughMagnitude, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
