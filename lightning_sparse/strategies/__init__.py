@@ -3,12 +3,12 @@
 from lightning_sparse.strategies.acdc import ACDC
 from lightning_sparse.strategies.autosparse import AutoSparse
 from lightning_sparse.strategies.gmp import GMP
+from lightning_sparse.strategies.granet import GraNet
 from lightning_sparse.strategies.keep_mask import KeepMask
 from lightning_sparse.strategies.lamp import LAMP
 from lightning_sparse.strategies.lats import LATS
-from lightning_sparse.strategies.powerprop import Powerpropagation
-from lightning_sparse.strategies.granet import GraNet
 from lightning_sparse.strategies.mest import MEST
+from lightning_sparse.strategies.powerprop import Powerpropagation
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
 from lightning_sparse.strategies.snfs import SNFS
@@ -23,14 +23,14 @@ __all__ = [
     "ACDC",
     "AutoSparse",
     "GMP",
+    "GraNet",
     "KeepMask",
     "LAMP",
     "LATS",
+    "MEST",
     "Powerpropagation",
     "RigL",
     "SET",
-    "GraNet",
-    "MEST",
     "SNFS",
     "ST3",
     "ST3Sigma",
