@@ -1,6 +1,7 @@
 """Checks of arguments, with one wording for all of them."""
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "check_choice",
+    "check_decay",
     "check_fraction",
     "check_moment",
     "check_number",
@@ -68,6 +70,15 @@ def check_window(start: int | float, end: int | float, freeze: int | float | Non
         check_moment("freeze", freeze)
         if isinstance(freeze, int) == isinstance(end, int) and freeze < end:
             raise ValueError(f"Expected argument `freeze` to be no earlier than `end` = {end!r}, but got {freeze!r}.")
+
+
+def check_decay(name: str, values: Mapping[int | float, float]) -> None:
+    """Refuse anything but fractions by the moments from which on they hold, in order, the last of them 0."""
+    for (start, value), (end, _) in itertools.pairwise(values.items()):
+        check_window(start, end)
+        check_fraction(f"{name}[{start!r}]", value)
+    if not values or list(values.values())[-1] != 0:
+        raise ValueError(f"Expected argument `{name}` to end with 0, but got {values!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

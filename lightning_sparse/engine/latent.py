@@ -59,6 +59,18 @@ class Latent:
         """The learnable tensors of the state."""
         return {key: tensor for key, tensor in self.state.items() if tensor.requires_grad}
 
+    @property
+    def momentum(self) -> Tensor:
+        """What the optimizer remembers of the dense gradients, or else the gradient; while the method selects."""
+        if "exp_avg_sq" in self.slots:
+            adam: Tensor = self.slots["exp_avg"] / (self.slots["exp_avg_sq"].sqrt() + 1e-8)
+            return adam
+        buffer: Tensor | None = self.slots.get("momentum_buffer")
+        if buffer is None:
+            buffer = self.grad
+        assert buffer is not None
+        return buffer
+
     def select(self, selection: Mapping[str, Tensor]) -> Tensor | None:
         """Replace mask and threshold; neither means that everything is kept.
 

@@ -67,4 +67,5 @@ def sum_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
         >>> sum_magnitudes([torch.tensor([-1.0, 2.0])])
         tensor([3.], dtype=torch.float64)
     """
-    return sum_each([local(tensor.detach()).abs().sum(dtype=torch.float64) for tensor in tensors], tensors)
+    sums = [local(tensor.detach()).abs().sum(dtype=torch.float64) for tensor in tensors]
+    return sum_each(sums, tensors) if sums else torch.zeros(0, dtype=torch.float64)

@@ -12,8 +12,8 @@ from lightning_sparse.strategies.powerprop import Powerpropagation
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
 from lightning_sparse.strategies.snfs import SNFS
-from lightning_sparse.strategies.sparse_to_sparse import StaticSparsity
 from lightning_sparse.strategies.st3 import ST3, ST3Sigma
+from lightning_sparse.strategies.static import StaticSparsity
 from lightning_sparse.strategies.str import STR
 from lightning_sparse.strategies.straight_through import StraightThroughMagnitude
 from lightning_sparse.strategies.topk_annealing import TopKGradientAnnealing

@@ -1,14 +1,13 @@
 """MEST: prune a little more, or grow a little more, than the budget."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.engine.callback import SparseTraining
-from lightning_sparse.engine.checks import check_choice, check_fraction, check_number, check_window
+from lightning_sparse.engine.checks import check_choice, check_decay, check_number
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["MEST"]
@@ -84,7 +83,7 @@ class MEST(SparseTraining):
     ) -> None:
         check_choice("variant", variant, ("EM", "EM&S"))
         self.mutation = {0.0: 0.02, 0.5625: 0.01, 0.75: 0.0} if mutation is None else dict(mutation)
-        _check_mutation(self.mutation)
+        check_decay("mutation", self.mutation)
         check_number("grad_weight", grad_weight, negative=False)
         check_choice("distribution", distribution, ("er", "erk", "uniform"))
         super().__init__(
@@ -141,11 +140,3 @@ class MEST(SparseTraining):
             if (context.elapsed if isinstance(moment, float) else context.epoch) >= moment:
                 ratio = value
         return ratio
-
-
-def _check_mutation(mutation: Mapping[int | float, float]) -> None:
-    for (start, ratio), (end, _) in itertools.pairwise(mutation.items()):
-        check_window(start, end)
-        check_fraction(f"mutation[{start!r}]", ratio)
-    if not mutation or list(mutation.values())[-1] != 0:
-        raise ValueError(f"Expected argument `mutation` to end with a ratio of 0, but got {mutation!r}.")

@@ -110,7 +110,7 @@ class SNFS(SparseToSparse):
         """Draw the first masks; then let those layers exchange weights that this step has given a gradient."""
         if all("mask" in latent.state for latent in latents):
             heard = [latent for latent in latents if latent.grad is not None and self.is_due(context)]
-            masks = dict(zip([latent.name for latent in heard], self._exchange(heard, context), strict=True))
+            masks = self._exchange(heard, context)
             return [{"mask": masks.get(latent.name, latent.mask)} for latent in latents]
         shares = [share or 0.0 for _, share in super().budgets(latents, context)]
         return [
@@ -118,14 +118,10 @@ class SNFS(SparseToSparse):
             for latent, share in zip(latents, shares, strict=True)
         ]
 
-    def _exchange(self, latents: list[Latent], context: Context) -> list[Tensor]:
-        if not latents:
-            return []
-        masks, momenta = [latent.mask for latent in latents], [_momentum(latent) for latent in latents]
+    def _exchange(self, latents: list[Latent], context: Context) -> dict[str, Tensor]:
+        masks, momenta = [latent.mask for latent in latents], [latent.momentum for latent in latents]
         counts = functional.count_nonzeros(masks).tolist()
-        sums = functional.sum_magnitudes(
-            [functional.hard_threshold(*pair) for pair in zip(momenta, masks, strict=True)]
-        )
+        sums = functional.sum_magnitudes(list(map(functional.hard_threshold, momenta, masks)))
         means = [x / max(1, n) if math.isfinite(x) else 0.0 for x, n in zip(sums.tolist(), counts, strict=True)]
         kept, room = [], []
         for latent, count, mean in zip(latents, counts, means, strict=True):
@@ -137,18 +133,7 @@ class SNFS(SparseToSparse):
             room.append(latent.theta.numel() - stays)
         dropped = sum(counts) + sum(room) - sum(latent.theta.numel() for latent in latents)
         grown = functional.apportion(dropped, means, room)
-        return [
-            mask | functional.largest_among(momentum.abs(), ~mask, number)
-            for mask, momentum, number in zip(kept, momenta, grown, strict=True)
-        ]
-
-
-def _momentum(latent: Latent) -> Tensor:
-    """What the optimizer remembers of the gradients, or else the gradient."""
-    slots = latent.slots
-    if "exp_avg_sq" in slots:
-        return slots["exp_avg"] / (slots["exp_avg_sq"].sqrt() + 1e-8)  # type: ignore[no-any-return]
-    if slots.get("momentum_buffer") is not None:
-        return slots["momentum_buffer"]  # type: ignore[no-any-return]
-    assert latent.grad is not None
-    return latent.grad
+        return {
+            latent.name: mask | functional.largest_among(momentum.abs(), ~mask, number)
+            for latent, mask, momentum, number in zip(latents, kept, momenta, grown, strict=True)
+        }

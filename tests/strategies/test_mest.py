@@ -68,9 +68,9 @@ def test_gradients_stay_sparse():
 @pytest.mark.parametrize(
     ("mutation", "message"),
     [
-        ({}, "`mutation` to end with a ratio of 0"),
-        ({0: 0.1}, "`mutation` to end with a ratio of 0"),
-        ({0: 0.1, 5: 0.05}, "`mutation` to end with a ratio of 0"),
+        ({}, "`mutation` to end with 0"),
+        ({0: 0.1}, "`mutation` to end with 0"),
+        ({0: 0.1, 5: 0.05}, "`mutation` to end with 0"),
         ({0: 1.0, 5: 0.0}, "to lie in"),
         ({5: 0.1, 0: 0.0}, "no earlier"),
         ({0.0: 0.1, 1.5: 0.0}, "fraction of training"),
