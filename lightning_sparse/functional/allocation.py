@@ -27,8 +27,8 @@ def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: boo
         Tickets Winners", ICML 2020, https://arxiv.org/abs/1911.11134 (ERK).
 
     Example:
-        >>> erdos_renyi([(10, 10), (100, 100)], 0.9)
-        [0.45..., 0.90...]
+        >>> [round(share, 4) for share in erdos_renyi([(10, 10), (100, 100)], 0.9)]
+        [0.0818, 0.9082]
     """
     sizes = [math.prod(shape) for shape in shapes]
     counted = [shape if kernel else shape[:2] for shape in shapes]

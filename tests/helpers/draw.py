@@ -43,7 +43,7 @@ def moments(draw: Any, names: list[str], fractions: int) -> dict[str, Any]:
     fraction, epoch = st.sampled_from([0.0, 0.2, 0.34, 0.5, 0.55, 0.75, 1.0]), st.integers(0, 2)
     kind, other = (fraction, epoch) if draw(st.integers(0, 9)) < fractions else (epoch, fraction)
     values = sorted(draw(st.tuples(*[kind] * len(names))))
-    if draw(st.integers(0, 11)) == 0:
+    if names and draw(st.integers(0, 11)) == 0:
         values[0] = draw(other)
     return dict(zip(names, values, strict=True))
 
