@@ -292,7 +292,7 @@ class SparseTraining(TrainingHooks):
         own = [latent for latent in latents if latent.sparsity is not None]
         wanted = start + way * (self.final_sparsity - start)
         pools: list[tuple[list[Latent], float | None]] = [([latent], wanted) for latent in common]
-        if self.distribution in ("er", "erk"):
+        if self.distribution in ("er", "erk") and wanted:
             shapes = [latent.weight.shape for latent in common]
             shares = functional.erdos_renyi(shapes, wanted, kernel=self.distribution == "erk")
             pools = [([latent], share) for latent, share in zip(common, shares, strict=True)]

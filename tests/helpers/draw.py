@@ -1,7 +1,7 @@
 """Drawing whole training configurations with Hypothesis."""
 
 import functools
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
@@ -66,7 +66,7 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
     choices: dict[str, st.SearchStrategy[Any]] = {
         "initial_sparsity": st.sampled_from([0.0, 0.05]).filter(lambda s: s <= kwargs["sparsity"]),
         "schedule": st.sampled_from(shapes),
-        "distribution": st.sampled_from(["global", "uniform"]),
+        "distribution": st.sampled_from(get_args(get_type_hints(method.__init__).get("distribution")) or ["global"]),
         "projection": st.sampled_from(["hard", "soft"]),
         "gradient": st.sampled_from(["straight_through", "masked"]),
         "update_every_n_steps": st.integers(1, 4),
@@ -77,6 +77,10 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
         "alpha_reset": st.sampled_from([None, 0.5, 1]),
         "alpha_in_threshold": st.booleans(),
         "backward_sparsity": st.sampled_from([None, 0.4]),
+        "power": st.sampled_from([1.0, 1.5, 2.0]),
+        "exploration_loss": st.sampled_from([0.0, 0.01]),
+        "threshold": st.sampled_from([0.01, 0.2]),
+        "zeros": st.sampled_from([0.1, 0.9]),
     }
     choices = {name: choice for name, choice in choices.items() if name in known and (budget or name != "gradient")}
     for name in draw(st.lists(st.sampled_from(sorted(choices)), unique=True, max_size=4)):

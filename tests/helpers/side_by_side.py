@@ -4,6 +4,7 @@ import copy
 import math
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,6 +72,10 @@ HOSTS = {
     "nesterov": host(torch.optim.SGD, 0.02, momentum=0.8, nesterov=True, weight_decay=5e-3),
     "adamw": host(torch.optim.AdamW, 3e-3, weight_decay=5e-2),
 }
+# Every optimizer in double precision, one in single precision.
+hosts_and_dtypes = pytest.mark.parametrize(
+    ("host", "dtype"), [*((name, torch.float64) for name in HOSTS), ("adamw", torch.float32)]
+)
 STANDING_STILL = host(torch.optim.SGD, 0.0)
 
 

@@ -103,6 +103,7 @@ SETTINGS = {
     "TopKAST": Setting(
         ls.TopKAST,
         {"sparsity": 0.7, "backward_sparsity": 0.4, "exploration_loss": 0.01, "update_every_n_steps": 2},
+        {"sparsity": 0.0, "power": 1.0},
         sparsity=0.7,
     ),
     "TopKAST-power": Setting(

@@ -141,7 +141,11 @@ class Config:
         if hasattr(callback, "alpha") and self.openended:
             return "Gradient Annealing decays `alpha` over the whole training, but training is open-ended"
         epochs = [self.moment(name) for name, value in moments if value is not None]
-        return None if epochs == sorted(epochs) else "Expected `start` <= `end` <= `freeze`, but they fall `start` on"
+        if epochs != sorted(epochs):
+            return "Expected `start` <= `end` <= `freeze`, but they fall `start` on"
+        if hasattr(callback, "sparse_phase") and self.openended:
+            return "Expected argument `sparse_phase` to be an int .epoch., as training is open-ended"
+        return None
 
     def make_model(self) -> "Subject":
         model = Subject(self)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning_sparse import ACDC
 from lightning_sparse.engine.clock import Clock
 from tests.helpers.models import make_trainer
-from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, host, hosts_and_dtypes, make_data
 from tests.helpers.spent import BATCHES, assert_spent
 from tests.reference import dense_gradients as reference
 
@@ -19,8 +19,7 @@ PHASES = [(2, 3), (5, 6), (10, math.inf)]
 MOMENTS = {"start": 2, "end": 10, "sparse_phase": 1, "dense_phase": 2}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     assert_equal_training(
         ACDC(0.6, **MOMENTS, verbose=False),
@@ -30,12 +29,12 @@ def test_training_equals_the_equations(host, dtype):
     )
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_without_a_reset_in_each_layer(host):
+@pytest.mark.parametrize("optimizer", HOSTS)
+def test_without_a_reset_in_each_layer(optimizer):
     assert_equal_training(
         ACDC(0.6, **MOMENTS, distribution="uniform", reset_optimizer_state=False, verbose=False),
         lambda thetas: reference.ACDC(thetas, [([n], 0.6) for n in WEIGHTS], phases=PHASES, reset=False),
-        host=host,
+        host=optimizer,
         clip=0.3,
     )
 
@@ -71,7 +70,7 @@ def test_masks_stay_within_a_phase_and_zeros_come_back_after_it():
     )
     targets = []
     other = LambdaCallback(on_train_epoch_end=lambda trainer, _: targets.append(callback.target_sparsity))
-    net = Net(HOSTS["sgd"])
+    net = Net(host(torch.optim.AdamW, 0.03))
     make_trainer(callback, probe, other, max_epochs=12).fit(net, make_data())
     changes = [step for step, (a, b) in enumerate(itertools.pairwise(masks), 2) if not torch.equal(a, b)]
     assert changes == [20, 30, 50, 60, 100]

@@ -7,14 +7,13 @@ from torch import nn
 
 from lightning_sparse import KeepMask
 from tests.helpers.models import Classifier, fit, make_trainer
-from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes, make_data
 from tests.helpers.spent import assert_spent
 from tests.helpers.strategies import Pruned
 from tests.reference import dense_gradients as reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     assert_equal_training(
         Pruned(0.6, verbose=False), lambda thetas: reference.KeepMask(thetas, WEIGHTS, 0.6), host=host, dtype=dtype

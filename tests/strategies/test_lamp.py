@@ -6,13 +6,19 @@ import torch
 from lightning_sparse import LAMP
 from lightning_sparse.functional import lamp_scores
 from tests.helpers.models import make_trainer
-from tests.helpers.side_by_side import HOSTS, STANDING_STILL, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import (
+    STANDING_STILL,
+    WEIGHTS,
+    Net,
+    assert_equal_training,
+    hosts_and_dtypes,
+    make_data,
+)
 from tests.helpers.spent import assert_spent
 from tests.reference import dense_gradients as reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     """Masks are taken after steps 30 and 60, and a last time at the end of the ramp, after step 80."""
     assert_equal_training(

@@ -1,17 +1,15 @@
 """S-LATS against the equations."""
 
-import pytest
 import torch
 
 from lightning_sparse import LATS
 from lightning_sparse.engine.latent import Context, Latent
-from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, assert_equal_training
+from tests.helpers.side_by_side import EPOCHS, WEIGHTS, assert_equal_training, hosts_and_dtypes
 from tests.helpers.spent import assert_spent
 from tests.reference import dense_gradients as reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     assert_equal_training(
         LATS(0.1, verbose=False),

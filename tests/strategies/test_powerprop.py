@@ -6,15 +6,21 @@ import torch
 from lightning_sparse import Powerpropagation
 from lightning_sparse.functional import power_gradient, signed_power
 from tests.helpers.models import make_trainer
-from tests.helpers.side_by_side import HOSTS, STANDING_STILL, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import (
+    STANDING_STILL,
+    WEIGHTS,
+    Net,
+    assert_equal_training,
+    hosts_and_dtypes,
+    make_data,
+)
 from tests.helpers.spent import assert_spent
 from tests.reference import dense_gradients as reference
 
 EACH = [([name], 0.6) for name in WEIGHTS]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     assert_equal_training(
         Powerpropagation(0.6, power=2.0, start=1, end=8, update_every_n_steps=30, verbose=False),

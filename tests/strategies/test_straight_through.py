@@ -1,19 +1,17 @@
 """The straight-through baseline against autograd through masks that are taken by a full sort."""
 
 import pytest
-import torch
 
 from lightning_sparse import StraightThroughMagnitude
 from lightning_sparse.functional import erdos_renyi
-from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training
+from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes
 from tests.helpers.spent import assert_spent
 from tests.reference import dense_gradients as reference
 
 EACH = [([name], 0.6) for name in WEIGHTS]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     """By default a fixed budget per layer, from the start on."""
     assert_equal_training(

@@ -3,13 +3,12 @@
 import itertools
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from lightning_sparse import TopKAST
 from lightning_sparse.functional import erdos_renyi
 from tests.helpers.models import make_trainer
-from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes, make_data
 from tests.helpers.spent import BATCHES, assert_spent
 from tests.reference import dense_gradients as reference
 
@@ -19,8 +18,7 @@ COMMON = {"strength": 0.01, "density": 0.3}
 SETTINGS = {"sparsity": 0.7, "backward_sparsity": 0.4, "exploration_loss": 0.01, "verbose": False}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     """Sets are taken at the start, after steps 7, 14, ..., and a last time as exploration ends, after step 100."""
     assert_equal_training(
