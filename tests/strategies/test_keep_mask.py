@@ -8,7 +8,7 @@ from torch import nn
 from lightning_sparse import KeepMask
 from tests.helpers.models import Classifier, fit, make_trainer
 from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes, make_data
-from tests.helpers.spent import assert_spent
+from tests.helpers.spent import SHAPE, OneLayer, assert_spent
 from tests.helpers.strategies import Pruned
 from tests.reference import dense_gradients as reference
 
@@ -17,6 +17,12 @@ from tests.reference import dense_gradients as reference
 def test_training_equals_the_equations(host, dtype):
     assert_equal_training(
         Pruned(0.6, verbose=False), lambda thetas: reference.KeepMask(thetas, WEIGHTS, 0.6), host=host, dtype=dtype
+    )
+
+
+def test_clipping_sees_the_masked_gradient():
+    assert_equal_training(
+        Pruned(0.6, verbose=False), lambda thetas: reference.KeepMask(thetas, WEIGHTS, 0.6), clip=0.01
     )
 
 
@@ -44,6 +50,17 @@ def test_a_weight_that_starts_from_zero_trains_dense():
         make_trainer(KeepMask(verbose=False), max_epochs=2).fit(net, make_data())
     assert (net.head.weight != 0).all()
     assert (net.stem.weight[0] == 0).all()
+
+
+def test_what_a_weight_that_starts_from_zero_has_not_heard_of_at_first_is_not_pruned():
+    """One of the inputs is zero in the first batch, so that its weights are still zero after the first step."""
+    model, batches = OneLayer(), [torch.randn(5, SHAPE[0]) for _ in range(4)]
+    nn.init.zeros_(model.layer.weight)
+    batches[0][:, 0] = 0.0
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    with pytest.warns(UserWarning, match="leaves"):
+        make_trainer(KeepMask(verbose=False), max_epochs=1).fit(model, loader)
+    assert (model.layer.weight != 0).all()
 
 
 def test_a_dense_model_is_pointed_out():
