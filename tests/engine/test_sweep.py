@@ -205,7 +205,11 @@ def sweep(law, examples, *, seed=None, **settings):
         check(law, config, draw)
         (seen if config.refusal() is None else refused).add(repr((config, drawn)))
 
-    (run if seed is None else hypothesis.seed(seed)(run))()
+    try:
+        (run if seed is None else hypothesis.seed(seed)(run))()
+    except hypothesis.errors.FlakyStrategyDefinition:
+        if len(seen) < examples:  # else it has noticed that nothing more is drawn
+            raise
     return len(seen), len(refused)
 
 
