@@ -80,7 +80,8 @@ MISTAKES = [
         GMP,
         {"distribution": "globl"},
         ValueError,
-        "Expected argument `distribution` to be one of ['global', 'uniform'], but got 'globl'. Did you mean 'global'?",
+        "Expected argument `distribution` to be one of ['er', 'erk', 'global', 'uniform'], but got 'globl'."
+        " Did you mean 'global'?",
     ),
     (
         SparseTraining,

@@ -82,7 +82,7 @@ def test_digits_writes_what_it_promises(digits, capsys, monkeypatch):
         assert accuracy == pytest.approx(logged(version / "metrics.csv", "val_accuracy")[epoch], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", [name for name in strategies.__all__ if name not in ("ST3", "AutoSparse")])
+@pytest.mark.parametrize("method", sorted({*strategies.__all__} - {"ST3", "AutoSparse", "KeepMask"}))
 def test_digits_takes_any_strategy(digits, method, capsys):
     result = digits.run(method, argparse.Namespace(output="out", epochs=2, seed=0, min_sparsity=0.0))
     assert 0.0 < result["sparsity"] < 1.0

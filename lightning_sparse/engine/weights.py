@@ -74,7 +74,7 @@ class LatentWeights:
         self.steps: dict[int, int] = {}
         self._learner = Learner(())
         # The weights that hold theta at present, by the optimizer that is about to step them.
-        self._exposed: dict[int, list[tuple[Latent, dict[str, Any]]]] = {}
+        self._exposed: dict[Optimizer, list[tuple[Latent, dict[str, Any]]]] = {}
         # Whether a step of one optimizer has changed a budget that weights of another share.
         self._stale = False
         self._selected_last = False
@@ -179,7 +179,7 @@ class LatentWeights:
                     parameter.grad = None  # so that the optimizer leaves it alone
         # In this order, so that an interrupt at any moment loses nothing.
         _copy((latent.weight, latent.dense) for latent, _ in hosted)
-        self._exposed[id(optimizer)] = hosted
+        self._exposed[optimizer] = hosted
 
     def _sum_learned(self, latents: Iterable[Latent]) -> None:
         """Let what is learned for a whole weight hear of all its parts."""
@@ -200,13 +200,13 @@ class LatentWeights:
         Returns:
             Whether the optimizer held latents; if not, something stepped it past the callback.
         """
-        if id(optimizer) not in self._exposed:
+        if optimizer not in self._exposed:
             return False
-        hosted = self._exposed[id(optimizer)]
+        hosted = self._exposed[optimizer]
         for latent, _ in hosted:
             self._hold_back(latent, optimizer)
         _copy((latent.dense, latent.weight) for latent, _ in hosted)
-        del self._exposed[id(optimizer)]
+        del self._exposed[optimizer]
         if not hosted:
             return True
         self._learner.step(hosted, optimizer)
@@ -226,7 +226,7 @@ class LatentWeights:
     @torch.no_grad()
     def withdraw(self, optimizer: Optimizer, context: Context) -> None:
         """Show the network what it saw before: the optimizer has not stepped after all."""
-        hosted = self._exposed.pop(id(optimizer), [])
+        hosted = self._exposed.pop(optimizer, [])
         self._learner.forget()
         self._project([latent for latent, _ in hosted], context)
 
@@ -239,6 +239,9 @@ class LatentWeights:
             everything: Whether anything may have been interrupted anywhere.
         """
         interrupted = [latent for hosted in self._exposed.values() for latent, _ in hosted]
+        for optimizer, hosted in self._exposed.items():
+            for latent, _ in hosted:
+                self._hold_back(latent, optimizer)
         _copy((latent.dense, latent.weight) for latent in interrupted)
         self._exposed.clear()
         if interrupted:

@@ -54,7 +54,7 @@ class LATS(SparseTraining):
 
     def __init__(
         self,
-        threshold: float,
+        threshold: float = 0.001,
         *,
         start: int | float = 0.0,
         end: int | float = 1.0,
