@@ -45,7 +45,8 @@ format: $(STAMP)  ## Repair what ruff can repair
 	$(RUN) -m ruff format .
 
 bench: $(STAMP)  ## Measure time, memory and selection into docs/*.md; let nothing else run on the machine meanwhile
-	$(RUN) benchmarks/overhead.py --profile --output docs/overhead.md
+	$(RUN) benchmarks/overhead.py --profile --output docs/overhead.md \
+		--methods ST3 ST3Sigma STR AutoSparse TopKGradientAnnealing GMP RigL full-sort autograd parametrize ModelPruning
 	$(RUN) benchmarks/memory.py --output docs/memory.md
 	$(RUN) benchmarks/selection.py --output docs/selection.md
 
