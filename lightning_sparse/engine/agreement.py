@@ -35,7 +35,7 @@ def check_agreement(method: str, trainer: pl.Trainer, latents: Iterable[Latent])
 
 def _checksum(latent: Latent) -> int:
     checksum = 0
-    for tensor in (latent.mask, *latent.state.values()):
+    for tensor in ({"mask": latent.mask} | latent.state).values():
         if not is_sharded(tensor):
             checksum = zlib.crc32(_bytes(tensor), checksum)
     return checksum
