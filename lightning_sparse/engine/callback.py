@@ -1,7 +1,7 @@
 """The callback that trains a sparse model, and what a method is made of."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor
 
@@ -21,7 +21,26 @@ from lightning_sparse.engine.weights import LatentWeights
 from lightning_sparse.reports import Report
 from lightning_sparse.schedules import SCHEDULES
 
-__all__ = ["SparseTraining"]
+__all__ = ["Common", "SparseTraining"]
+
+
+class Common(TypedDict, total=False):
+    """What all strategies take; for the defaults see :class:`SparseTraining`.
+
+    Args:
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own, where the method has a budget) or None (stay
+            dense).
+        log_layers: Also log sparsity and threshold of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+    """
+
+    targets: list[str] | None
+    ignore: list[str] | None
+    overrides: dict[str, dict[str, float] | None] | None
+    log_layers: bool
+    verbose: bool
 
 
 class SparseTraining(TrainingHooks):

@@ -1,11 +1,11 @@
 """AC/DC: phases of compressed and of decompressed training take turns."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_moment
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -31,11 +31,7 @@ class ACDC(SparseTraining):
         distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
         reset_optimizer_state: Whether the optimizer forgets what it knows of the targeted weights as a sparse phase
             ends.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -67,11 +63,7 @@ class ACDC(SparseTraining):
         dense_phase: int | float = 0.05,
         distribution: Literal["global", "uniform"] = "global",
         reset_optimizer_state: bool = True,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         for name, phase in (("sparse_phase", sparse_phase), ("dense_phase", dense_phase)):
             check_moment(name, phase)
@@ -84,11 +76,7 @@ class ACDC(SparseTraining):
             schedule="constant",
             distribution=distribution,
             gradient="masked",
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.sparse_phase, self.dense_phase = sparse_phase, dense_phase
         self.reset_optimizer_state = reset_optimizer_state

@@ -1,11 +1,13 @@
 """AutoSparse: learned thresholds with Gradient Annealing."""
 
 import math
+from typing import Unpack
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.engine.callback import Common
 from lightning_sparse.engine.checks import check_fraction, check_moment
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.schedules import sigmoid_cosine_decay
@@ -72,11 +74,7 @@ class AutoSparse(STR):
             weights alone decide.
         backward_sparsity: Fraction of each layer's weights that get no gradient at all, in ``[0, 1)``: the smallest
             ones, as far as they are pruned. None for none.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -105,22 +103,10 @@ class AutoSparse(STR):
         alpha_reset: int | float | None = 0.9,
         alpha_in_threshold: bool = True,
         backward_sparsity: float | None = None,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_annealing(alpha, alpha_reset, backward_sparsity)
-        super().__init__(
-            threshold_init=threshold_init,
-            threshold_weight_decay=threshold_weight_decay,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
-        )
+        super().__init__(threshold_init=threshold_init, threshold_weight_decay=threshold_weight_decay, **common)
         self.alpha, self.alpha_reset = alpha, alpha_reset
         self.alpha_in_threshold, self.backward_sparsity = alpha_in_threshold, backward_sparsity
 

@@ -1,9 +1,9 @@
 """GMP: gradual magnitude pruning, the baseline."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 
 __all__ = ["GMP"]
 
@@ -24,11 +24,7 @@ class GMP(SparseTraining):
         schedule: Shape of the ramp; cubic in the paper.
         distribution: ``"uniform"``, the same sparsity in each layer, as in the paper, or ``"global"``.
         update_every_n_steps: Optimizer steps between new masks; 100 to 1000 in the paper.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -59,11 +55,7 @@ class GMP(SparseTraining):
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         distribution: Literal["global", "uniform"] = "uniform",
         update_every_n_steps: int = 100,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             sparsity,
@@ -76,9 +68,5 @@ class GMP(SparseTraining):
             gradient="masked",
             freeze=end,
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )

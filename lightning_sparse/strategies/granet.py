@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_fraction
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.sparse_to_sparse import random_mask
@@ -43,11 +43,7 @@ class GraNet(SparseTraining):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -81,11 +77,7 @@ class GraNet(SparseTraining):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = True,
         seed: int = 0,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_fraction("drop_fraction", drop_fraction)
         super().__init__(
@@ -96,11 +88,7 @@ class GraNet(SparseTraining):
             schedule=schedule,
             gradient="masked",
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.drop_fraction, self.reset_optimizer_state, self.seed = drop_fraction, reset_optimizer_state, seed
 

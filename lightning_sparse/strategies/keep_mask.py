@@ -1,13 +1,14 @@
 """Keep the zeros that a model has, whoever made them."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["KeepMask"]
@@ -22,12 +23,8 @@ class KeepMask(SparseTraining):
     stays as it is: the model ends with the sparsity that it starts with.
 
     Args:
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`. A pruned
-            embedding, for one, has to be named.
-        ignore: Patterns of weights that may lose their zeros.
-        overrides: Per pattern None (may lose its zeros).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`. A pruned embedding,
+            for one, has to be named in ``targets``.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -43,26 +40,8 @@ class KeepMask(SparseTraining):
 
     keeps_latent = False
 
-    def __init__(
-        self,
-        *,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
-    ) -> None:
-        super().__init__(
-            None,
-            start=0,
-            end=0,
-            gradient="masked",
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
-        )
+    def __init__(self, **common: Unpack[Common]) -> None:
+        super().__init__(None, start=0, end=0, gradient="masked", **common)
 
     def is_due(self, context: Context) -> bool:
         """Never after training has begun."""

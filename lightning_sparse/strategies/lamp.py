@@ -1,12 +1,12 @@
 """LAMP: magnitudes that compete across layers by their share of what is left."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["LAMP"]
@@ -31,11 +31,7 @@ class LAMP(SparseTraining):
         initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
         schedule: Shape of the ramp.
         update_every_n_steps: Optimizer steps between new masks. Each new mask sorts every layer.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -66,11 +62,7 @@ class LAMP(SparseTraining):
         initial_sparsity: float = 0.0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         update_every_n_steps: int = 100,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             sparsity,
@@ -81,11 +73,7 @@ class LAMP(SparseTraining):
             gradient="masked",
             freeze=end,
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -27,11 +28,7 @@ class LATS(SparseTraining):
         threshold: Final threshold :math:`D`, in the units of the weights.
         start: When the threshold starts to rise: int = epoch, float = fraction of training.
         end: When it reaches ``threshold``.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -58,25 +55,10 @@ class LATS(SparseTraining):
         *,
         start: int | float = 0.0,
         end: int | float = 1.0,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_number("threshold", threshold, negative=False)
-        super().__init__(
-            None,
-            start=start,
-            end=end,
-            projection="soft",
-            gradient="straight_through",
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
-        )
+        super().__init__(None, start=start, end=end, projection="soft", gradient="straight_through", **common)
         self.final_threshold = threshold
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:

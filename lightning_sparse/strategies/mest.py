@@ -1,12 +1,12 @@
 """MEST: prune a little more, or grow a little more, than the budget."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_decay, check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -38,11 +38,7 @@ class MEST(SparseTraining):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -75,11 +71,7 @@ class MEST(SparseTraining):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = False,
         seed: int = 0,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_choice("variant", variant, ("EM", "EM&S"))
         self.mutation = {0.0: 0.02, 0.5625: 0.01, 0.75: 0.0} if mutation is None else dict(mutation)
@@ -95,11 +87,7 @@ class MEST(SparseTraining):
             distribution=distribution,
             gradient="masked",
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.variant, self.grad_weight, self.needs_gradient = variant, grad_weight, grad_weight > 0
         self.reset_optimizer_state, self.seed = reset_optimizer_state, seed

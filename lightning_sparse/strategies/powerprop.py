@@ -1,12 +1,12 @@
 """Powerpropagation: weights as powers of their latents, so that the large ones learn faster."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -35,11 +35,7 @@ class Powerpropagation(SparseTraining):
         distribution: How the budget is split between the layers, see
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         update_every_n_steps: Optimizer steps between new masks.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -71,11 +67,7 @@ class Powerpropagation(SparseTraining):
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         distribution: Literal["er", "erk", "global", "uniform"] = "global",
         update_every_n_steps: int = 100,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_number("power", power)
         if power < 1:
@@ -89,11 +81,7 @@ class Powerpropagation(SparseTraining):
             distribution=distribution,
             gradient="masked",
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.power = power
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.engine.callback import Common
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse, random_mask
 
@@ -37,11 +38,7 @@ class SNFS(SparseToSparse):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -76,11 +73,7 @@ class SNFS(SparseToSparse):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = False,
         seed: int = 0,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             sparsity,
@@ -92,11 +85,7 @@ class SNFS(SparseToSparse):
             update_every_n_steps=update_every_n_steps,
             reset_optimizer_state=reset_optimizer_state,
             seed=seed,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.gradient = "straight_through"
 

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_fraction
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -43,11 +43,7 @@ class SparseToSparse(SparseTraining):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -67,11 +63,7 @@ class SparseToSparse(SparseTraining):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = True,
         seed: int = 0,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_choice("distribution", distribution, ("er", "erk", "uniform"))
         check_fraction("drop_fraction", drop_fraction)
@@ -86,11 +78,7 @@ class SparseToSparse(SparseTraining):
             projection="hard",
             gradient="masked",
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.drop_fraction, self.drop_schedule = drop_fraction, drop_schedule
         self.reset_optimizer_state, self.seed = reset_optimizer_state, seed

@@ -1,12 +1,12 @@
 """ST-3: soft thresholding, straight-through gradients, progressive global sparsity."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["ST3", "ST3Sigma"]
@@ -33,11 +33,7 @@ class ST3(SparseTraining):
         freeze: After which moment w is baked into the weights and only the kept ones train. The authors do so for ten
             more epochs after the last; None for never.
         update_every_n_steps: Optimizer steps between new thresholds; 1 in the paper.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -67,11 +63,7 @@ class ST3(SparseTraining):
         rescale: bool = True,
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             sparsity,
@@ -82,11 +74,7 @@ class ST3(SparseTraining):
             gradient="straight_through",
             freeze=freeze,
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.rescale = rescale
 

@@ -1,12 +1,13 @@
 """STR: soft threshold weight reparameterization, one learned threshold per layer."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from lightning_sparse import functional
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -30,11 +31,7 @@ class STR(SparseTraining):
         threshold_weight_decay: L2 penalty on :math:`s`; 2.25e-5 in that recipe. Alone, it moves :math:`s` towards zero
             by the factor :math:`\exp(-\text{decay} \sum \text{lr} / (1 - \text{momentum}))`: in a run shorter than the
             authors' 500,000 steps start nearer to zero or decay faster.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -59,11 +56,7 @@ class STR(SparseTraining):
         *,
         threshold_init: float = -3200.0,
         threshold_weight_decay: float = 2.25e-5,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_number("threshold_init", threshold_init)
         super().__init__(
@@ -73,11 +66,7 @@ class STR(SparseTraining):
             projection="soft",
             gradient="masked",
             threshold_weight_decay=threshold_weight_decay,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.threshold_init = threshold_init
 

@@ -1,9 +1,9 @@
 """The straight-through baseline: keep the largest weights, train all of them."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 
 __all__ = ["StraightThroughMagnitude"]
 
@@ -27,11 +27,7 @@ class StraightThroughMagnitude(SparseTraining):
             competing by the scale of initialisation (``"global"``) can empty a layer.
         freeze: After which moment the mask stays as it is and only the kept weights train; None for never.
         update_every_n_steps: Optimizer steps between new masks; 1 in the papers.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -63,11 +59,7 @@ class StraightThroughMagnitude(SparseTraining):
         distribution: Literal["er", "erk", "global", "uniform"] = "uniform",
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             sparsity,
@@ -79,9 +71,5 @@ class StraightThroughMagnitude(SparseTraining):
             gradient="straight_through",
             freeze=freeze,
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )

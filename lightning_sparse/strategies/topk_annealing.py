@@ -1,11 +1,11 @@
 """Gradient Annealing on a fixed budget."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 
-from lightning_sparse.engine.callback import SparseTraining
+from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.autosparse import anneal, annealed_alpha, annealed_density, check_annealing
 
@@ -34,11 +34,7 @@ class TopKGradientAnnealing(SparseTraining):
         backward_sparsity: Fraction of each layer's weights that get no gradient at all, in ``[0, 1)``: the smallest
             ones, as far as they are pruned. None for none.
         update_every_n_steps: Optimizer steps between new masks.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -67,11 +63,7 @@ class TopKGradientAnnealing(SparseTraining):
         alpha_reset: int | float | None = 0.9,
         backward_sparsity: float | None = None,
         update_every_n_steps: int = 1,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_annealing(alpha, alpha_reset, backward_sparsity)
         super().__init__(
@@ -82,11 +74,7 @@ class TopKGradientAnnealing(SparseTraining):
             distribution=distribution,
             projection="hard",
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.alpha, self.alpha_reset, self.backward_sparsity = alpha, alpha_reset, backward_sparsity
 

@@ -1,12 +1,13 @@
 """Top-KAST: a sparse network forward, a larger set of weights backward."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.engine.callback import Common
 from lightning_sparse.engine.checks import check_fraction, check_number
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.powerprop import Powerpropagation
@@ -37,11 +38,7 @@ class TopKAST(Powerpropagation):
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         end: When exploration ends: from then on A stays as it is and B is A; int = epoch, float = fraction of training.
         update_every_n_steps: Optimizer steps between new sets.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log the sparsity of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
+        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -71,11 +68,7 @@ class TopKAST(Powerpropagation):
         distribution: Literal["er", "erk", "uniform"] = "uniform",
         end: int | float = 1.0,
         update_every_n_steps: int = 100,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        overrides: dict[str, dict[str, float] | None] | None = None,
-        log_layers: bool = False,
-        verbose: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         check_fraction("backward_sparsity", 0.0 if backward_sparsity is None else backward_sparsity)
         check_number("exploration_loss", exploration_loss, negative=False)
@@ -88,11 +81,7 @@ class TopKAST(Powerpropagation):
             schedule="constant",
             distribution=distribution,
             update_every_n_steps=update_every_n_steps,
-            targets=targets,
-            ignore=ignore,
-            overrides=overrides,
-            log_layers=log_layers,
-            verbose=verbose,
+            **common,
         )
         self.gradient = "straight_through"
         self.backward_sparsity, self.exploration_loss = backward_sparsity, exploration_loss

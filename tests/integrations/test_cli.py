@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import get_type_hints
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import lightning_sparse
 from lightning_sparse import GMP, ST3, AutoSparse, SparseModelCheckpoint, SparseTraining
+from lightning_sparse.engine.callback import Common
 from lightning_sparse.schedules import cosine, cubic
 
 FLAGS = [
@@ -156,7 +158,7 @@ def printed_config(capsys, *args) -> str:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_printed_config_shows_every_argument_and_builds_the_same(capsys, name):
+def test_printed_config_shows_the_arguments_of_the_method_and_builds_the_same(capsys, name):
     changed = {"targets": "[body]", "verbose": "false"} | ({"sparsity": 0.5} if name == "SparseTraining" else {})
     settings = [f"--trainer.callbacks.{key}={value}" for key, value in changed.items()]
     text = printed_config(capsys, f"--trainer.callbacks+={name}", *settings)
@@ -164,8 +166,8 @@ def test_printed_config_shows_every_argument_and_builds_the_same(capsys, name):
     cls = vars(lightning_sparse)[name]
     (shown,) = yaml.safe_load(text)["trainer"]["callbacks"]
     assert shown["class_path"] == f"lightning_sparse.{name}"
-    parameters = list(cls.__init__.__annotations__)
-    assert list(shown["init_args"]) == [parameter for parameter in parameters if parameter != "return"]
+    own = [argument for argument in cls.__init__.__annotations__ if argument not in ("return", "common")]
+    assert list(shown["init_args"]) == [*own, *(argument for argument in changed if argument not in own)]
     (again,) = build_from_file(text)
     assert settings_of(again) == settings_of(build_one(name, **changed))
 
@@ -176,6 +178,14 @@ def test_help_describes_the_arguments(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "Fraction of zeros among the targeted weights from ``end`` on" in text
     assert "When the ramp starts: int = epoch, float = fraction of training." in text
+    assert "Patterns of weights to leave dense." in text
+
+
+def test_common_arguments_are_those_of_the_base():
+    common, base = get_type_hints(Common), get_type_hints(lightning_sparse.SparseTraining.__init__)
+    assert common.items() <= base.items()
+    documented = re.findall(r"^ {8}(\w+):", Common.__doc__ or "", flags=re.MULTILINE)
+    assert documented == list(common)
 
 
 @pytest.mark.parametrize(
