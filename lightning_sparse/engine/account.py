@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sparse.flops import FlopCount, FlopRecorder
 
-__all__ = ["Account", "batch_size"]
+__all__ = ["Account", "batch_size", "replicas"]
 
 # What a checkpoint keeps of a count.
 _COUNTED = ("by_layer", "rest", "uncounted", "aliases")
@@ -115,3 +115,8 @@ def batch_size(batch: Any) -> int:
             return extract_batch_size(batch)
         except MisconfigurationException:
             return 1
+
+
+def replicas(trainer: pl.Trainer) -> int:
+    """Ranks that train on data of their own; with tensor parallelism several share theirs."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size))

@@ -1,6 +1,6 @@
 """The callback that trains a sparse model, and what a method is made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor
@@ -111,6 +111,10 @@ class SparseTraining(TrainingHooks):
     reset_optimizer_state: bool = False
     # Of the random numbers of the method.
     seed: int = 0
+    # Whether the network sees noisy weights while it trains on a batch.
+    stochastic: bool = False
+    # What steps the tensors that the method learns.
+    learner: Literal["adam", "sgd"] = "sgd"
 
     def __init__(
         self,
@@ -196,7 +200,11 @@ class SparseTraining(TrainingHooks):
         return [{"mask": mask} for mask in masks]
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
-        """Write into ``out`` what the network sees of a weight that has a latent tensor."""
+        """Write into ``out`` what the network sees of a weight that has a latent tensor.
+
+        Where ``context.training`` that may be noisy; the noise comes from ``latent.noise``, so that :meth:`pull_back`
+        can draw it again.
+        """
         if "mask" in latent.state:
             functional.hard_threshold(latent.theta, latent.state["mask"], out=out)
         elif "threshold" in latent.state:
@@ -217,6 +225,19 @@ class SparseTraining(TrainingHooks):
         if self.gradient == "masked" and latent.state:
             return functional.mask_gradient(grad, latent.mask, out=grad)
         return grad
+
+    def after_step(self, latent: Latent, lr: float, context: Context) -> None:
+        """Move a latent beyond what the optimizer has just done.
+
+        Args:
+            latent: The weight.
+            lr: Learning rate with which the optimizer has stepped it.
+            context: Where training stands.
+        """
+
+    def learning_rate(self, group: Mapping[str, Any], context: Context) -> float:
+        """Learning rate of what is learned for the weights in a parameter group of the host optimizer."""
+        return float(group["lr"])
 
     def gradient_density(self, density: float, context: Context) -> float:
         """Fraction of the weight gradient that the method has to compute, for a weight of the given density."""

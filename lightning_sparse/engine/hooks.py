@@ -6,17 +6,17 @@ from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sparse.engine.account import Account, batch_size
+from lightning_sparse.engine.account import Account, batch_size, replicas
 from lightning_sparse.engine.agreement import check_agreement
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
+from lightning_sparse.engine.order import First, callbacks, line_up
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
 from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped, unscale
 from lightning_sparse.engine.targets import Target, find_targets
@@ -50,7 +50,7 @@ class TrainingHooks(pl.Callback):
         self._max_epochs: int | None = None
         self._epoch, self._position = 0.0, 0.0
         self._attached = False
-        self._first = _First(self)
+        self._first = First(self)
         self._vanished: set[str] = set()
         self._done = 0
         self._restored: dict[str, Any] | None = None
@@ -85,11 +85,7 @@ class TrainingHooks(pl.Callback):
         if stage != TrainerFn.FITTING:
             return
         check_trainer(type(self).__name__, trainer)
-        # Behind the others and before the checkpoints, so that whatever they put into the model or into a checkpoint
-        # (averaged weights, for one) is made sparse, in whichever order the user lists them.
-        others = [callback for callback in _callbacks(trainer) if callback not in (self, self._first)]
-        last = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
-        trainer.callbacks = [self._first, *others[:last], self, *others[last:]]  # type: ignore[attr-defined]
+        line_up(trainer, self._first, self)
         self._max_epochs, self._attached = trainer.max_epochs, False
         self._account = Account()
         self._restored = None  # what a test has loaded; what this fit resumes from is loaded later
@@ -103,7 +99,7 @@ class TrainingHooks(pl.Callback):
         method, verdicts = type(self).__name__, self._verdicts(pl_module)
         check_optimizers(method, trainer.optimizers)
         check_weights(method, verdicts)
-        for other in _callbacks(trainer):
+        for other in callbacks(trainer):
             if isinstance(other, TrainingHooks) and other is not self:
                 check_overlap(method, verdicts, type(other).__name__, other._verdicts(pl_module))
 
@@ -168,6 +164,9 @@ class TrainingHooks(pl.Callback):
         self._steps.follow(trainer.optimizers, lambda optimizer: self._after_step(trainer, optimizer))
         self._tick(trainer, batch_idx + 1, trainer.current_epoch)
         self._account.open(pl_module)
+        if self._weights.method.stochastic and self._trains(trainer):
+            self._weights.bind(pl_module)
+            self._weights.start_batch(self._context())
 
     @override
     def on_before_optimizer_step(
@@ -184,7 +183,7 @@ class TrainingHooks(pl.Callback):
 
     def _trains(self, trainer: pl.Trainer) -> bool:
         """Whether steps are ours: a learning rate finder removes callbacks, SWA makes a last pass for BatchNorm."""
-        return self in _callbacks(trainer) and not trainer.fit_loop._skip_backward
+        return self in callbacks(trainer) and not trainer.fit_loop._skip_backward
 
     def _after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         if has_skipped(optimizer):
@@ -197,13 +196,18 @@ class TrainingHooks(pl.Callback):
                 " it the latents. In manual optimization step the optimizers that `self.optimizers()` returns."
             )
 
+    def end_noise(self) -> None:
+        """Show everybody the weights without the noise that the network trains with."""
+        self._weights.end_batch(self._context())
+
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Settle what no optimizer step has, and keep the accounts, before other callbacks look at the model."""
         if not self._trains(trainer):
             return
+        self.end_noise()
         self._account.close(batch)
         self._price()
-        self._account.spend(batch_size(batch) * _replicas(trainer))
+        self._account.spend(batch_size(batch) * replicas(trainer))
         self._weights.settle(self._context())
         if (
             self.freeze is not None
@@ -260,7 +264,7 @@ class TrainingHooks(pl.Callback):
             self._attach(trainer, pl_module)
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
-            monitors = {getattr(callback, "monitor", None) for callback in _callbacks(trainer)}
+            monitors = {getattr(callback, "monitor", None) for callback in callbacks(trainer)}
             found = {key: float(value) for key, value in trainer.callback_metrics.items() if key in monitors}
             if trainer.is_global_zero:
                 show_report(report, found)
@@ -279,7 +283,7 @@ class TrainingHooks(pl.Callback):
     def _detach(self, trainer: pl.Trainer) -> None:
         self._account.abandon()
         self._steps.release()
-        trainer.callbacks = [callback for callback in _callbacks(trainer) if callback is not self._first]  # type: ignore[attr-defined]
+        trainer.callbacks = [callback for callback in callbacks(trainer) if callback is not self._first]  # type: ignore[attr-defined]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -361,37 +365,3 @@ class TrainingHooks(pl.Callback):
 
     def __copy__(self) -> Self:
         return deepcopy(self)  # the parts of a callback refer to it
-
-
-class _First(pl.Callback):
-    """Stands before all other callbacks, so that none of them ever finds latents in the model.
-
-    Args:
-        hooks: What stands behind them.
-    """
-
-    def __init__(self, hooks: TrainingHooks) -> None:
-        self.hooks = hooks
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Called when a training batch ends."""
-        self.hooks.end_batch(trainer, pl_module, batch, batch_idx)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when training is interrupted."""
-        self.hooks.interrupt(trainer)
-
-
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The callbacks of a Trainer, which Lightning does not declare."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
-def _replicas(trainer: pl.Trainer) -> int:
-    """Ranks that train on data of their own; with tensor parallelism several share theirs."""
-    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size))

@@ -29,6 +29,7 @@ class Latent:
         grad: Dense gradient at the sparse weight, while the method selects and if it asks for that
             (``needs_gradient``).
         slots: State of the optimizer for this weight, while the method selects.
+        seed: Of the noise that the network sees until the next step, if the method has noise.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Latent:
     sparsity: float | None = None
     grad: Tensor | None = None
     slots: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def theta(self) -> Tensor:
@@ -58,6 +60,11 @@ class Latent:
     def learned(self) -> dict[str, Tensor]:
         """The learnable tensors of the state."""
         return {key: tensor for key, tensor in self.state.items() if tensor.requires_grad}
+
+    @property
+    def noise(self) -> torch.Generator:
+        """Source of the noise, which starts anew whenever it is asked for."""
+        return torch.Generator().manual_seed(self.seed)
 
     @property
     def momentum(self) -> Tensor:
@@ -99,6 +106,7 @@ class Latent:
             exact_on_kept: Whether the latent equals the weight on the keep set and need not be stored there.
         """
         packed: dict[str, Any] = {
+            "seed": self.seed,
             "state": {key: _gather(tensor) for key, tensor in self.state.items() if tensor.dtype != torch.bool},
             "bits": {
                 key: _pack_bits(whole(tensor)) for key, tensor in self.state.items() if tensor.dtype == torch.bool
@@ -112,6 +120,7 @@ class Latent:
 
     def unpack(self, packed: Mapping[str, Any]) -> None:
         """Restore the record from :meth:`pack`; ``weight`` must hold what the checkpoint held."""
+        self.seed = packed["seed"]
         for key, tensor in packed["state"].items():
             declared = self.state.get(key, tensor)
             restored = self._spread(tensor) if is_sharded(declared) else tensor.to(self.weight.device, copy=True)
@@ -144,6 +153,7 @@ class Context:
         elapsed: Fraction of the whole training so far, in ``[0, 1]``; 0 when that is open-ended.
         generator: Source of random numbers, the same on every rank and after resuming.
         position: Epochs so far, with the fraction of the current one.
+        training: Whether a batch is being trained on, so that the network may see noise.
     """
 
     step: int
@@ -153,6 +163,7 @@ class Context:
     elapsed: float = 0.0
     generator: torch.Generator | None = None
     position: float = 0.0
+    training: bool = False
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The swap: dense latents in the optimizer's step, sparse weights at every other time."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,53 +12,15 @@ from torch.optim import Optimizer
 
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.learner import Learner
+from lightning_sparse.engine.method import Method
 from lightning_sparse.engine.targets import Target
 from lightning_sparse.functional import count_nonzeros, hard_threshold, mask_gradient
 from lightning_sparse.functional.sharding import is_sharded, local, spread, sum_each, whole
 
-__all__ = ["FORMAT", "LatentWeights", "Method"]
+__all__ = ["FORMAT", "LatentWeights"]
 
 # Version of the layout of `state_dict`.
-FORMAT = 1
-
-
-class Method(Protocol):
-    """What a method answers; see :class:`~lightning_sparse.engine.callback.SparseTraining`."""
-
-    keeps_latent: bool
-    exact_on_kept: bool
-    needs_gradient: bool
-    replaces_step: bool
-    reset_optimizer_state: bool
-    seed: int
-    threshold_weight_decay: float
-
-    def is_due(self, context: Context) -> bool:
-        """Whether what lives is chosen anew after this step."""
-
-    def lift(self, weight: Tensor) -> Tensor:
-        """The latent of a weight that nothing is pruned from."""
-
-    def movable(self, latent: Latent) -> Tensor | None:
-        """Which latent entries the optimizer may move; None for all."""
-
-    def init_state(self, theta: Tensor) -> dict[str, Tensor]:
-        """Tensors that the method keeps for a weight."""
-
-    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
-        """Weights that compete, group by group, with the sparsity wanted now."""
-
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
-        """Mask or threshold of each weight of a group."""
-
-    def project(self, latent: Latent, context: Context, out: Tensor) -> None:
-        """What the network sees."""
-
-    def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
-        """What the latent hears of the gradient."""
-
-    def gradient_density(self, density: float, context: Context) -> float:
-        """Fraction of the weight gradient that is needed."""
+FORMAT = 2
 
 
 class LatentWeights:
@@ -72,6 +35,8 @@ class LatentWeights:
         self.latents: dict[str, Latent] = {}
         self.frozen = False
         self.steps: dict[int, int] = {}
+        # Whether a batch is being trained on, so that the network may see noise.
+        self.training = False
         self._learner = Learner(())
         # The weights that hold theta at present, by the optimizer that is about to step them.
         self._exposed: dict[Optimizer, list[tuple[Latent, dict[str, Any]]]] = {}
@@ -106,7 +71,7 @@ class LatentWeights:
                 latent.unpack(previous[latent.name].pack(exact_on_kept=False))  # perhaps to another device or type
             else:
                 fresh.append(latent)
-        self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay)
+        self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay, self.method.learner)
         self.steps = {}
         self.generator.manual_seed(self.method.seed)
         self._selected_last = self._stale = False
@@ -117,8 +82,11 @@ class LatentWeights:
             self._selected_last = restored["selected_last"]
             self.generator.set_state(restored["generator"].cpu())
         self._exposed.clear()
+        self.training = False
         if fresh:
             self._select(fresh, context)
+        if self.method.stochastic:
+            self._shake(fresh)
         self._project(self.latents.values(), context)
 
     def bind(self, module: nn.Module) -> None:
@@ -141,6 +109,26 @@ class LatentWeights:
         expected = torch.empty_like(latent.dense)
         self.method.project(latent, context, expected)
         return not count_nonzeros([spread(whole(expected).to(weight.device, weight.dtype), weight) != weight]).any()
+
+    # -- noise --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_batch(self, context: Context) -> None:
+        """Show the network noisy weights while it trains on a batch."""
+        self.training = not self.frozen
+        self._project(self.latents.values() if self.training else (), context)
+
+    @torch.no_grad()
+    def end_batch(self, context: Context) -> None:
+        """Show everybody the weights without noise."""
+        if self.training:
+            self.training = False
+            self._project(self.latents.values(), context)
+
+    def _shake(self, latents: Iterable[Latent]) -> None:
+        """Draw the next noise; the same on every rank."""
+        for latent in latents:
+            latent.seed = int(torch.randint(1 << 62, (), generator=self.generator))
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -209,9 +197,17 @@ class LatentWeights:
         del self._exposed[optimizer]
         if not hosted:
             return True
-        self._learner.step(hosted, optimizer)
         self.steps[index] = self.steps.get(index, 0) + 1
-        self._update([latent for latent, _ in hosted], optimizer, context(self.steps[index]))
+        now = context(self.steps[index])
+        self._learner.step(hosted, optimizer, lambda group: self.method.learning_rate(group, now))
+        latents = [latent for latent, _ in hosted]
+        if not self.frozen:
+            for latent, group in hosted:
+                if latent.weight.grad is not None:
+                    self.method.after_step(latent, float(group["lr"]), now)
+            if self.method.stochastic:
+                self._shake(latents)
+        self._update(latents, optimizer, now)
         return True
 
     def _hold_back(self, latent: Latent, optimizer: Optimizer) -> None:
@@ -238,6 +234,7 @@ class LatentWeights:
             context: Where training stands.
             everything: Whether anything may have been interrupted anywhere.
         """
+        self.training = False
         interrupted = [latent for hosted in self._exposed.values() for latent, _ in hosted]
         for optimizer, hosted in self._exposed.items():
             for latent, _ in hosted:
@@ -279,6 +276,7 @@ class LatentWeights:
                         _reset(optimizer, latent, ~grown)
 
     def _project(self, latents: Iterable[Latent], context: Context) -> None:
+        context = replace(context, training=self.training)
         for latent in latents:
             if latent.dense is not None:
                 self.method.project(latent, context, latent.weight)
@@ -288,7 +286,7 @@ class LatentWeights:
     def _pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         if self.frozen:
             return mask_gradient(grad, latent.mask, out=grad)
-        return self.method.pull_back(latent, grad, context)
+        return self.method.pull_back(latent, grad, replace(context, training=self.training))
 
     # -- the mask as a promise ----------------------------------------------------------------------------------------
 
