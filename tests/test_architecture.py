@@ -16,8 +16,9 @@ PACKAGE = "lightning_sparse"
 ARROW = {
     "functional": {"functional"},
     "schedules": {"functional", "schedules"},
-    "engine": {"functional", "schedules", "engine", "flops", "reports"},
-    "strategies": {"functional", "schedules", "engine", "strategies"},
+    "cards": set(),
+    "engine": {"cards", "functional", "schedules", "engine", "flops", "reports"},
+    "strategies": {"cards", "functional", "schedules", "engine", "strategies"},
     "metrics": {"functional", "engine.targets", "flops", "metrics"},
     "_flop_handles": set(),
     "_untouched": set(),
@@ -27,7 +28,7 @@ ARROW = {
 }
 FREE = {"__init__", "__main__"}
 MATHS_ONLY = {"__future__", "collections", "functools", "math", "torch", "typing"}  # all that functional/ may import
-NEVER_LIGHTNING = {"functional", "schedules"}
+NEVER_LIGHTNING = {"cards", "functional", "schedules"}
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 ENGINE_ONLY = {"setup", "teardown", "state_dict", "load_state_dict"}  # and on_*
 FILE_LINES = 400

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.checks import (
     check_choice,
     check_fraction,
@@ -99,7 +100,8 @@ class SparseTraining(TrainingHooks):
         0.75
     """
 
-    paper: ClassVar[str] = ""
+    # The method in a few words, from which the docs are made. Every published method has its own.
+    card: ClassVar[Card]
     # False where pruned latent weights are zero, so that the parameter itself serves as the latent tensor.
     keeps_latent: bool = True
     # Whether w equals theta on the kept weights, so that a checkpoint need only hold theta where w is zero.

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common
 from lightning_sparse.engine.checks import check_fraction, check_moment
 from lightning_sparse.engine.latent import Context, Latent
@@ -92,7 +93,17 @@ class AutoSparse(STR):
         0.75
     """
 
-    paper = "Kundu et al., 2023, https://arxiv.org/abs/2304.06941"
+    card = Card(
+        paper="Kundu et al., 2023, https://arxiv.org/abs/2304.06941",
+        criterion="magnitudes above a threshold learned per layer",
+        projection="soft threshold",
+        gradient="pruned weights hear the gradient times an annealed α",
+        schedule="learned",
+        allocation="learned",
+        dense_gradient="while α > 0",
+        training_flops="2 f_S + f_D while α > 0, then 3 f_S",
+        published="ResNet-50 on ImageNet at 80 %: half the training FLOPs, a seventh of the inference FLOPs (abstract)",
+    )
 
     def __init__(
         self,

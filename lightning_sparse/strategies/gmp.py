@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, Unpack
 
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 
 __all__ = ["GMP"]
@@ -42,7 +43,10 @@ class GMP(SparseTraining):
         0.8
     """
 
-    paper = "Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878"
+    card = Card(
+        paper="Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878",
+        criterion="the largest, less and less",
+    )
     keeps_latent = False
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_fraction
 from lightning_sparse.engine.latent import Context, Latent
@@ -61,7 +62,13 @@ class GraNet(SparseTraining):
         0.5
     """
 
-    paper = "Liu et al., NeurIPS 2021, https://arxiv.org/abs/2106.10404"
+    card = Card(
+        paper="Liu et al., NeurIPS 2021, https://arxiv.org/abs/2106.10404",
+        criterion="gradual pruning, with regrowth where the gradient is largest",
+        allocation="global pruning; sparse starts by ERK",
+        dense_gradient="at updates, every ΔT steps",
+        training_flops="2 f_S + ((ΔT - 1) f_S + f_D) / ΔT",
+    )
     keeps_latent = False
     needs_gradient = True
 

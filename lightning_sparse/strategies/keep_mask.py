@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -38,6 +39,11 @@ class KeepMask(SparseTraining):
         True
     """
 
+    card = Card(
+        criterion="what is not zero in the model given",
+        schedule="that of the model given",
+        allocation="that of the model given",
+    )
     keeps_latent = False
 
     def __init__(self, **common: Unpack[Common]) -> None:

@@ -6,6 +6,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -50,7 +51,11 @@ class LAMP(SparseTraining):
         0.8
     """
 
-    paper = "Lee et al., ICLR 2021, https://arxiv.org/abs/2010.07611"
+    card = Card(
+        paper="Lee et al., ICLR 2021, https://arxiv.org/abs/2010.07611",
+        criterion="the largest by their share in the rest of their layer",
+        allocation="scores of all layers compete",
+    )
     keeps_latent = False
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -47,7 +48,16 @@ class LATS(SparseTraining):
         0.01
     """
 
-    paper = "Chen et al., ICLR 2023, https://openreview.net/forum?id=cCFqcrq0d8"
+    card = Card(
+        paper="Chen et al., ICLR 2023, https://openreview.net/forum?id=cCFqcrq0d8",
+        criterion="magnitudes above a prescribed threshold",
+        projection="soft threshold",
+        gradient="straight-through",
+        schedule="an outcome of the threshold",
+        allocation="one threshold for all layers",
+        dense_gradient="always",
+        training_flops="2 f_S + f_D",
+    )
 
     def __init__(
         self,

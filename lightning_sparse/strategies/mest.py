@@ -6,6 +6,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_decay, check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -57,7 +58,11 @@ class MEST(SparseTraining):
         120
     """
 
-    paper = "Yuan et al., NeurIPS 2021, https://arxiv.org/abs/2110.14032"
+    card = Card(
+        paper="Yuan et al., NeurIPS 2021, https://arxiv.org/abs/2110.14032",
+        criterion="the least important make room for random ones, in a budget that breathes",
+        schedule="from the first step on, to the weight",
+    )
     keeps_latent = False
 
     def __init__(

@@ -6,6 +6,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -54,7 +55,12 @@ class Powerpropagation(SparseTraining):
         3.0
     """
 
-    paper = "Schwarz et al., NeurIPS 2021, https://arxiv.org/abs/2110.00296"
+    card = Card(
+        paper="Schwarz et al., NeurIPS 2021, https://arxiv.org/abs/2110.00296",
+        criterion="the largest",
+        projection="mask of latents raised to a power",
+        gradient="chain rule, kept weights only",
+    )
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """SET: drop the smallest weights, grow random ones."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lightning_sparse import functional
@@ -28,7 +30,11 @@ class SET(SparseToSparse):
         0.3
     """
 
-    paper = "Mocanu et al., 2018, https://arxiv.org/abs/1707.04780"
+    card = replace(
+        SparseToSparse.card,
+        paper="Mocanu et al., 2018, https://arxiv.org/abs/1707.04780",
+        criterion="the smallest make room for random ones",
+    )
 
     def grow_scores(self, latent: Latent, context: Context) -> Tensor:
         """Any weight is as good as any other."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Unpack
 
 from torch import Tensor
@@ -58,7 +59,14 @@ class SNFS(SparseToSparse):
         0.5
     """
 
-    paper = "Dettmers and Zettlemoyer, 2019, https://arxiv.org/abs/1907.04840"
+    card = replace(
+        SparseToSparse.card,
+        paper="Dettmers and Zettlemoyer, 2019, https://arxiv.org/abs/1907.04840",
+        criterion="the smallest make room for those with the largest momentum, in the layers that have most of it",
+        gradient="gradient of the kept weights; the momentum hears all",
+        dense_gradient="always",
+        training_flops="2 f_S + f_D",
+    )
     needs_gradient = True
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_fraction
 from lightning_sparse.engine.latent import Context, Latent
@@ -49,6 +50,7 @@ class SparseToSparse(SparseTraining):
         ValueError: If a value is out of its range, or a pattern matches nothing.
     """
 
+    card = Card(criterion="a random mask", schedule="from the first step on, to the weight")
     keeps_latent = False
 
     def __init__(

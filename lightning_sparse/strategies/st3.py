@@ -1,11 +1,13 @@
 """ST-3: soft thresholding, straight-through gradients, progressive global sparsity."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -51,7 +53,18 @@ class ST3(SparseTraining):
         >>> trainer = L.Trainer(callbacks=[ST3(sparsity=0.9)], accelerator="cpu", logger=False, max_epochs=1)
     """
 
-    paper = "Vanderschueren and De Vleeschouwer, WACV 2023, https://arxiv.org/abs/2212.01076"
+    card = Card(
+        paper="Vanderschueren and De Vleeschouwer, WACV 2023, https://arxiv.org/abs/2212.01076",
+        criterion="magnitudes above a global quantile",
+        projection="soft threshold, channels rescaled",
+        gradient="straight-through",
+        schedule="cubic ramp to the target",
+        allocation="global",
+        dense_gradient="always",
+        training_flops="2 f_S + f_D",
+        published="ResNet-50 on ImageNet, top-1: 76.95 at 80 %, 76.03 at 90 %, 74.46 at 95 %, 73.31 at 96.5 %,"
+        " 70.46 at 98 %, 63.88 at 99 % (authors' README)",
+    )
 
     def __init__(
         self,
@@ -102,6 +115,13 @@ class ST3Sigma(ST3):
         >>> ST3Sigma(sparsity=0.9).final_sparsity
         0.9
     """
+
+    card = replace(
+        ST3.card,
+        criterion="the same, magnitudes normalised per layer: fewer FLOPs",
+        published="ResNet-50 on ImageNet, top-1: 76.44 at 80 %, 75.28 at 90 %, 73.69 at 95 %, 72.62 at 96.5 %,"
+        " 69.75 at 98 %, 63.25 at 99 % (authors' README)",
+    )
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Take the quantile of the normalised magnitudes."""

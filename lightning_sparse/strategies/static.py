@@ -28,6 +28,8 @@ class StaticSparsity(SparseToSparse):
         0.9
     """
 
+    card = SparseToSparse.card
+
     def __init__(
         self,
         sparsity: float = 0.9,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, Unpack
 
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 
 __all__ = ["StraightThroughMagnitude"]
@@ -46,7 +47,13 @@ class StraightThroughMagnitude(SparseTraining):
         0.8
     """
 
-    paper = "Wortsman et al., NeurIPS 2019, https://arxiv.org/abs/1906.00586"
+    card = Card(
+        paper="Wortsman et al., NeurIPS 2019, https://arxiv.org/abs/1906.00586",
+        criterion="the largest, anew at each step",
+        gradient="straight-through",
+        dense_gradient="always",
+        training_flops="2 f_S + f_D",
+    )
     exact_on_kept = True
 
     def __init__(

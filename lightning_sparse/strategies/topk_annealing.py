@@ -5,6 +5,7 @@ from typing import Literal, Unpack
 
 from torch import Tensor
 
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.autosparse import anneal, annealed_alpha, annealed_density, check_annealing
@@ -48,7 +49,15 @@ class TopKGradientAnnealing(SparseTraining):
         0.8
     """
 
-    paper = "Kundu et al., 2023, https://arxiv.org/abs/2304.06941"
+    card = Card(
+        paper="Kundu et al., 2023, https://arxiv.org/abs/2304.06941",
+        criterion="the largest, anew at each step",
+        gradient="pruned weights hear the gradient times an annealed α",
+        schedule="fixed budget, to the weight",
+        dense_gradient="while α > 0",
+        training_flops="2 f_S + f_D while α > 0, then 3 f_S",
+        published="ResNet-50 on ImageNet at 80 %: top-1 0.3 % above Top-KAST with Powerpropagation (abstract)",
+    )
     exact_on_kept = True
 
     def __init__(

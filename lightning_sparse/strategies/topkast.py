@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common
 from lightning_sparse.engine.checks import check_fraction, check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -56,7 +57,14 @@ class TopKAST(Powerpropagation):
         0.8
     """
 
-    paper = "Jayakumar et al., NeurIPS 2020, https://arxiv.org/abs/2106.03517"
+    card = Card(
+        paper="Jayakumar et al., NeurIPS 2020, https://arxiv.org/abs/2106.03517",
+        criterion="the largest",
+        gradient="gradient of the largest and the next largest, with an exploration loss",
+        schedule="fixed budget, to the weight",
+        dense_gradient="of the next largest, until `end`",
+        training_flops="2 f_S + f_B, where B is the largest and the next largest",
+    )
 
     def __init__(
         self,
