@@ -1,6 +1,7 @@
 """Pure maths of sparse training: tensors and numbers in, tensors out; sharded tensors (DTensor) included."""
 
 from lightning_sparse.functional.allocation import apportion, erdos_renyi
+from lightning_sparse.functional.budgets import affordable
 from lightning_sparse.functional.gradients import (
     anneal_gradient,
     backward_set,
@@ -27,6 +28,7 @@ from lightning_sparse.functional.selection import (
 )
 
 __all__ = [
+    "affordable",
     "anneal_gradient",
     "apportion",
     "backward_set",

@@ -221,6 +221,16 @@ class _Pool:
             self._parts[place].append(local(tensor.detach()))
             self._scales[place] += scales[index : index + 1]
 
+    @property
+    def lowest(self) -> int:
+        """The lowest of all keys."""
+        return torch.iinfo(_KEYS[self.dtype]).min
+
+    @property
+    def shifts(self) -> list[int]:
+        """Of how many bits the counting passes make no difference; of none in the end."""
+        return [*range(0, torch.iinfo(_KEYS[self.dtype]).bits, _BITS)][::-1]
+
     def keys(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """Integers that order like the numbers to compare; NaN comes last."""
         tensor, integer = tensor.to(self.dtype), _KEYS[self.dtype]
@@ -239,10 +249,9 @@ class _Pool:
             found = self._look(ranks, key - (1 << _BITS - 1))
             if found is not None:
                 return found
-        bits = torch.iinfo(_KEYS[self.dtype]).bits
-        low = -(1 << bits - 1)
-        for shift in range(bits - _BITS, 0, -_BITS):
-            ends = self._count(low, shift).cumsum(0)
+        low = self.lowest
+        for shift in self.shifts[:-1]:
+            ends = self.count(low, shift).cumsum(0)
             places = torch.searchsorted(ends, torch.tensor(ranks, device=ends.device), right=True).tolist()
             if len(set(places)) > 1:  # too far apart to be found together
                 return [self.find([rank])[0] for rank in ranks]
@@ -261,7 +270,7 @@ class _Pool:
 
     def _look(self, ranks: Sequence[int], low: int) -> list[_Found] | None:
         """The keys at some ranks, if they lie in the window that starts at ``low``."""
-        counts = self._count(low, 0)
+        counts = self.count(low, 0)
         ends = counts.cumsum(0)
         places = torch.searchsorted(ends, torch.tensor(ranks, device=ends.device), right=True)
         inside = ((places > 0) & (places < len(ends))).all()
@@ -271,7 +280,7 @@ class _Pool:
             return None
         return [_Found(low + place - 1, below, equal) for place, below, equal, _ in numbers]
 
-    def _count(self, low: int, shift: int) -> Tensor:
+    def count(self, low: int, shift: int) -> Tensor:
         """Number of keys below the window, then in each of its bins, which hold ``2 ** shift`` keys each."""
         total = torch.zeros(1 + (1 << _BITS), dtype=torch.long, device=self.device)
         for (ranks, device), parts in self._parts.items():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 
 from lightning_sparse.functional import (
+    affordable,
     draw,
     kth_largest,
     largest_among,
@@ -105,6 +106,46 @@ def test_topk_keeps_exactly_k_and_the_earlier_of_equals(model, data, chunk):
 def test_topk_of_scalars_spares_those_above_the_tie():
     masks = topk_masks([torch.tensor(0.0), torch.tensor(0.0), torch.tensor(1.0)], 2)
     assert [bool(mask) for mask in masks] == [True, False, True]
+
+
+@given(models(), st.data(), chunks)
+def test_affordable_are_those_bought_from_the_largest_down(model, data, chunk):
+    costs = data.draw(st.lists(st.sampled_from([0, 1, 3, 7, 10**12]), min_size=len(model), max_size=len(model)))
+    dearest = sum(cost * tensor.numel() for cost, tensor in zip(costs, model, strict=True))
+    budget = data.draw(st.integers(0, dearest + 3))
+    with chunk:
+        kept = affordable(model, costs, budget)
+        assert kept == reference.affordable(model, costs, budget)
+        masks = topk_masks(model, kept)
+    assert sum(cost * int(mask.sum()) for cost, mask in zip(costs, masks, strict=True)) <= budget
+
+
+@given(models([torch.float64]), st.data())
+def test_affordable_of_scaled_and_of_signed_numbers(model, data):
+    costs = data.draw(st.lists(st.integers(1, 9), min_size=len(model), max_size=len(model)))
+    scales = data.draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=len(model), max_size=len(model)))
+    budget = data.draw(st.integers(0, 9 * count(model)))
+    assert affordable(model, costs, budget, scales=scales) == reference.affordable(model, costs, budget, scales)
+    kept = affordable(model, costs, budget, signed=True)
+    assert [
+        sum(costs[i] * int(m.sum()) for i, m in enumerate(topk_masks(model, k, signed=True))) <= budget
+        for k in (kept, min(kept + 1, count(model)))
+    ] == [True, kept == count(model)]
+
+
+def test_affordable_of_many():
+    model = [torch.randn(64, 32, 3, 3), torch.randn(100, 640) * 0.1, torch.randn(7).bfloat16()]
+    costs = [49, 1, 3]
+    magnitudes = torch.cat([tensor.flatten().float() for tensor in model]).abs()
+    order = magnitudes.argsort(descending=True, stable=True)
+    prices = torch.cat([torch.full((t.numel(),), cost) for t, cost in zip(model, costs, strict=True)])[order].cumsum(0)
+    for budget in (0, 48, 100_000, int(prices[-1]) - 1, int(prices[-1])):
+        assert affordable(model, costs, budget) == int((prices <= budget).sum())
+
+
+def test_negative_costs_are_refused():
+    with pytest.raises(ValueError, match=r"`budget` and `costs` to be >= 0, but got 1 and \[-2\]\."):
+        affordable([torch.ones(3)], [-2], 1)
 
 
 @given(models(), st.data())
@@ -223,6 +264,7 @@ def test_a_quantile_outside_the_unit_interval_is_refused(q):
 
 def test_nothing_at_all():
     assert topk_masks([], 0) == []
+    assert affordable([], [], 3) == affordable([torch.ones(0)], [1], 3) == 0
     assert topk_masks([torch.ones(0, 3)], 0)[0].shape == (0, 3)
     with pytest.raises(ValueError, match="Expected argument"):
         magnitude_quantile([torch.ones(0)], 0.5)

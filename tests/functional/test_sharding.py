@@ -59,6 +59,9 @@ def check_selection(tensors, sharded):
             masks = functional.topk_masks(sharded, k, signed=signed)
             assert [is_sharded(mask) for mask in masks] == [is_sharded(parts) for parts in sharded]
             assert_same([whole(mask) for mask in masks], functional.topk_masks(tensors, k, signed=signed))
+    costs = [3, 1, 7, 1, 1, 0, 1]
+    for budget in (0, 50, 123, 1000):
+        assert functional.affordable(sharded, costs, budget) == functional.affordable(tensors, costs, budget)
     for rank in [*range(0, total - 1, 11), total - 2]:
         expected = functional.order_statistics(tensors, [rank, rank + 1])
         for near in (None, torch.tensor(0.5)):

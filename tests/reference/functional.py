@@ -36,6 +36,22 @@ def topk_masks(tensors, k):
     ]
 
 
+def affordable(tensors, costs, budget, scales=None):
+    """Buy from the largest magnitude down until one does not fit."""
+    scales = scales or [1.0] * len(tensors)
+    entries = [
+        (-abs(x / scale), which, where, cost)
+        for which, (t, cost, scale) in enumerate(zip(tensors, costs, scales, strict=True))
+        for where, x in enumerate(numbers(t))
+    ]
+    spent = 0
+    for bought, (*_, cost) in enumerate(sorted(entries)):
+        spent += cost
+        if spent > budget:
+            return bought
+    return len(entries)
+
+
 def soft_threshold(theta, tau):
     return like([math.copysign(max(abs(x) - tau, 0.0), x) for x in numbers(theta)], theta)
 
