@@ -289,3 +289,60 @@ def test_selection_reduces_as_much_for_every_number_of_ranks(tmp_path):
     assert one[:2] == ["1", "4,000,000"]
     assert four[:2] == ["4", "1,000,000"]
     assert one[2] == four[2] == "2 × 524,296 B"
+
+
+def test_accuracy_goes_on_where_it_stopped(archive, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    accuracy = load("accuracy", "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["accuracy.py"])
+    monkeypatch.setitem(accuracy.ARGUMENTS, "GMP", {"start": 0.0, "end": 0.5, "update_every_n_steps": 1})
+    trained, train = [], accuracy.train
+    monkeypatch.setattr(accuracy, "train", lambda *run: trained.append(run[:3]) or train(*run))
+    small = [
+        "--data",
+        str(archive),
+        "--batch",
+        "12",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.1",
+        "--threads",
+        "1",
+        "--lines",
+        "lines",
+    ]
+
+    def run(*arguments):
+        trained.clear()
+        accuracy.main([*small, *arguments])
+        return trained
+
+    assert run("--methods", "dense", "GMP", "--sparsities", "0.9") == [("dense", 0.0, 0), ("GMP", 0.9, 0)]
+    dense, gmp = lines = accuracy.read(Path("lines"))
+    assert dense["inference_flops_ratio"] == dense["training_flops_ratio"] == 1.0
+    assert gmp["sparsity_counted"] == pytest.approx(0.9, abs=1e-3)
+    assert gmp["inference_flops_ratio"] == pytest.approx(0.1, abs=1e-2)
+    assert 0.1 < gmp["training_flops_ratio"] < 1.0
+    for line in lines:
+        assert line["test_accuracy"] * 10 == pytest.approx(round(line["test_accuracy"] * 10))  # of 10 images
+        assert line["val_accuracy"] * 4 == pytest.approx(round(line["val_accuracy"] * 4))
+
+    # Only what is new trains: another seed of one of the two methods, then another recipe.
+    both = ["--methods", "dense", "GMP", "--sparsities", "0.9"]
+    assert run(*both) == []
+    assert run(*both, "--seeds", "0", "1", "--methods", "GMP") == [("GMP", 0.9, 1)]
+    assert run("--methods", "dense", "--lr", "0.2") == [("dense", 0.0, 0)]
+
+    capsys.readouterr()
+    assert run("--show", "--data", "nowhere", "--output", "out.md") == []
+    printed = capsys.readouterr().out.strip()
+    assert printed in Path("out.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    assert [(row[0], row[1], row[8]) for row in cells if row[0] in ("dense", "GMP")] == [
+        *[("dense", "0%", "1"), ("GMP", "90%", "2")],
+        ("dense", "0%", "1"),  # by the other recipe
+    ]
+    with Image.open("out.png") as picture:
+        assert picture.width >= 1000
+        assert len(picture.convert("L").getcolors()) > 50
