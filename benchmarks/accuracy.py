@@ -44,15 +44,15 @@ ARGUMENTS = {
     "GMP": {"start": 0.05, "end": 0.5, "update_every_n_steps": 100},
     "SET": {"end": 0.75, "update_every_n_steps": 100, "drop_fraction": 0.3},
     "AutoSparse": {
-        0.9: {"threshold_init": -5.0, "threshold_weight_decay": 1.2e-4},
-        0.95: {"threshold_init": -5.0, "threshold_weight_decay": 1.4e-4},
+        0.9: {"threshold_init": -5.0, "threshold_weight_decay": 2.7e-3},
+        0.95: {"threshold_init": -5.0, "threshold_weight_decay": 5e-3},
     },
     "RigL": {"end": 0.75, "update_every_n_steps": 100, "drop_fraction": 0.3},
     "TopKGradientAnnealing": {"alpha": 0.5, "alpha_reset": 0.9},
     "ST3Sigma": {"start": 0.05, "end": 0.5},
     "STR": {
-        0.9: {"threshold_init": -8.0, "threshold_weight_decay": 1.8e-4},
-        0.95: {"threshold_init": -8.0, "threshold_weight_decay": 2.0e-4},
+        0.9: {"threshold_init": -8.0, "threshold_weight_decay": 2.4e-3},
+        0.95: {"threshold_init": -8.0, "threshold_weight_decay": 4.2e-3},
     },
     "TopKAST": {"backward_sparsity": 0.5, "update_every_n_steps": 100},
     "MEST": {
@@ -150,11 +150,11 @@ def sweep(args, recipe):
     wanted = itertools.product(args.seeds, args.sparsities, args.methods)
     runs = dict.fromkeys((method, 0.0 if method == "dense" else share, seed) for seed, share, method in wanted)
     data = Cifar10(args.data, recipe["batch"])
-    data.setup("fit")  # reads and decodes once for all runs
     for run in runs:
         done = [[line[name] for name in ("method", "sparsity", "seed", "recipe")] for line in read(args.lines)]
         if [*run, recipe] in done:
             continue
+        data.setup("fit")  # reads and decodes once for all runs, not in their time
         line = train(*run, recipe, data)
         with args.lines.open("a") as file:
             file.write(json.dumps(line) + "\n")
