@@ -420,7 +420,7 @@ def test_checkpoint_of_another_format(change):
 
     module = Net()
     trainer = L.Trainer(**{**FLAGS, "max_epochs": 8}, callbacks=[quiet(ST3)])
-    sentence = f"Expected the state of `{callback.state_key}` to have format 1, but got {change['format']}. Resume with"
+    sentence = f"Expected the state of `{callback.state_key}` to have format 2, but got {change['format']}. Resume with"
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         trainer.fit(module, ckpt_path="other.ckpt")
     for name, tensor in module.state_dict().items():  # Lightning loads these first

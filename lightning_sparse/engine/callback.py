@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
+from lightning_sparse.engine.budgets import BudgetedTraining
 from lightning_sparse.engine.checks import (
     check_choice,
     check_fraction,
@@ -16,13 +17,12 @@ from lightning_sparse.engine.checks import (
     check_positive,
     check_window,
 )
-from lightning_sparse.engine.hooks import TrainingHooks
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.weights import LatentWeights
 from lightning_sparse.reports import Report
 from lightning_sparse.schedules import SCHEDULES
 
-__all__ = ["Common", "SparseTraining"]
+__all__ = ["Budgeted", "Common", "SparseTraining"]
 
 
 class Common(TypedDict, total=False):
@@ -44,7 +44,32 @@ class Common(TypedDict, total=False):
     verbose: bool
 
 
-class SparseTraining(TrainingHooks):
+class Budgeted(Common, total=False):
+    """What strategies with a budget take besides; for the defaults see :class:`SparseTraining`.
+
+    One of ``flops``, ``parameters`` and ``bytes`` may take the place of ``sparsity``. They limit the whole model,
+    weights that are not targeted included.
+
+    Args:
+        flops: Fraction of the dense inference FLOPs that may remain, in ``(0, 1]``. The LightningModule needs an
+            ``example_input_array``.
+        parameters: Number of parameters that may remain.
+        bytes: Size of the stored model: a bit for each targeted weight, the kept ones, and all else.
+        minimum_density: Fraction of each layer that is kept at least, in ``[0, 1)``; the others make up for it.
+        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
+        ignore: Patterns of weights to leave dense.
+        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        log_layers: Also log sparsity and threshold of every weight.
+        verbose: Print a table of the targets before training and a summary after it.
+    """
+
+    flops: float | None
+    parameters: int | None
+    bytes: int | None
+    minimum_density: float
+
+
+class SparseTraining(BudgetedTraining):
     r"""Train a sparse model in place of a dense one.
 
     For every target weight the optimizer updates a dense latent tensor :math:`\theta`, while the module holds the
@@ -57,7 +82,7 @@ class SparseTraining(TrainingHooks):
 
     Args:
         sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``; None where the method
-            has no budget.
+            has no budget, or it is given by ``flops``, ``parameters`` or ``bytes``.
         start: When the ramp starts: int = epoch, float = fraction of training.
         end: When it reaches ``sparsity``.
         initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
@@ -69,6 +94,11 @@ class SparseTraining(TrainingHooks):
         freeze: After which moment the mask stays as it is and only the kept weights train; None for never.
         update_every_n_steps: Optimizer steps between updates of masks and thresholds.
         threshold_weight_decay: L2 penalty on learned thresholds, where the method has them.
+        flops: In place of ``sparsity``, the fraction of the dense model's inference FLOPs that may remain from ``end``
+            on. Weights compete as ever, but each costs what it causes; the ramp runs over the costs removed.
+        parameters: In place of ``sparsity``, the number of parameters of the model that may remain.
+        bytes: In place of ``sparsity``, the size of the stored model, see :class:`Budgeted`.
+        minimum_density: Fraction of each layer that is kept at least, in ``[0, 1)``; the others make up for it.
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
@@ -111,6 +141,8 @@ class SparseTraining(TrainingHooks):
     replaces_step: bool = False
     # Whether the optimizer forgets what it knows of weights that start anew.
     reset_optimizer_state: bool = False
+    # Whether scores are compared with their signs.
+    signed: bool = False
     # Of the random numbers of the method.
     seed: int = 0
     # Whether the network sees noisy weights while it trains on a batch.
@@ -120,7 +152,7 @@ class SparseTraining(TrainingHooks):
 
     def __init__(
         self,
-        sparsity: float | None,
+        sparsity: float | None = None,
         *,
         start: int | float = 0.0,
         end: int | float = 0.5,
@@ -132,14 +164,19 @@ class SparseTraining(TrainingHooks):
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
         threshold_weight_decay: float = 0.0,
+        flops: float | None = None,
+        parameters: int | None = None,
+        bytes: int | None = None,
+        minimum_density: float = 0.0,
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         overrides: dict[str, dict[str, float] | None] | None = None,
         log_layers: bool = False,
         verbose: bool = True,
     ) -> None:
-        if sparsity is not None:
-            check_fraction("sparsity", sparsity)
+        check_fraction("sparsity", sparsity or 0.0)
+        check_fraction("minimum_density", minimum_density)
+        self.unit = self._choose_unit(sparsity, {"flops": flops, "parameters": parameters, "bytes": bytes})
         check_window(start, end, freeze)
         check_fraction("initial_sparsity", initial_sparsity)
         if not callable(schedule):
@@ -151,8 +188,9 @@ class SparseTraining(TrainingHooks):
         check_number("threshold_weight_decay", threshold_weight_decay, negative=False)
         check_patterns("targets", targets)
         check_patterns("ignore", ignore)
-        check_overrides(overrides, budget=sparsity is not None)
-        self.final_sparsity, self.initial_sparsity = sparsity, initial_sparsity
+        check_overrides(overrides, budget=sparsity is not None or self.unit is not None)
+        self.final_sparsity, self.initial_sparsity = None if self.unit else sparsity, initial_sparsity
+        self.minimum_density, self.goal = minimum_density, str(self.unit or sparsity)
         self.start, self.end, self.freeze = start, end, freeze
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         self.distribution, self.projection, self.gradient = distribution, projection, gradient
@@ -181,25 +219,50 @@ class SparseTraining(TrainingHooks):
         """Declare the tensors that the method keeps per weight; those that require grad are learned."""
         return {}
 
+    def score(self, latent: Latent) -> Tensor:
+        """By what weights compete: magnitudes of numbers, or numbers if ``signed``, one for each."""
+        return latent.theta
+
+    def scale(self, latent: Latent) -> float:
+        """By what the scores of a weight are divided before they compete; its threshold is in proportion."""
+        return 1.0
+
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Choose what lives among weights that share a budget.
 
         Args:
             latents: The weights.
-            sparsity: Fraction of zeros wanted now, in ``(0, 1)``.
+            sparsity: Fraction of zeros wanted now, in ``(0, 1)``; if weights cost differently, of what they cost.
             context: Where training stands.
 
         Returns:
             Per weight a ``"mask"`` (bool, True = kept) or a ``"threshold"`` (scalar).
         """
-        thetas = [latent.theta for latent in latents]
-        near = latents[0].state.get("threshold")
-        if self.projection == "soft":
-            threshold = functional.magnitude_quantile(thetas, sparsity or 0.0, near=near)
-            return [{"threshold": threshold.to(theta.dtype)} for theta in thetas]
-        total = sum(theta.numel() for theta in thetas)
-        masks = functional.topk_masks(thetas, total - round((sparsity or 0.0) * total))
-        return [{"mask": mask} for mask in masks]
+        scores, scales = [self.score(latent) for latent in latents], [self.scale(latent) for latent in latents]
+        scaled = () if set(scales) == {1.0} else scales
+        kept = self.afford(latents, scores, sparsity or 0.0, scaled)
+        if self.projection == "hard":
+            return [{"mask": mask} for mask in functional.topk_masks(scores, kept, signed=self.signed)]
+        share, near = sparsity or 0.0, latents[0].state.get("threshold")
+        if len({latent.cost for latent in latents}) > 1:
+            share = 1.0 - kept / sum(score.numel() for score in scores)
+        near = None if near is None else near / scales[0]
+        threshold = functional.magnitude_quantile(scores, share, near=near, scales=scaled)
+        return [
+            {"threshold": (threshold * scale).to(latent.theta.dtype)}
+            for latent, scale in zip(latents, scales, strict=True)
+        ]
+
+    def afford(
+        self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float] = ()
+    ) -> int:
+        """How many of the largest scores may be kept, to give up a fraction of what all weights cost."""
+        if len({latent.cost for latent in latents}) == 1:
+            total = sum(score.numel() for score in scores)
+            return total - round(sparsity * total)
+        costs = [latent.cost for latent in latents]
+        total = sum(cost * score.numel() for cost, score in zip(costs, scores, strict=True))
+        return functional.affordable(scores, costs, round((1.0 - sparsity) * total), signed=self.signed, scales=scales)
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Write into ``out`` what the network sees of a weight that has a latent tensor.
@@ -257,26 +320,6 @@ class SparseTraining(TrainingHooks):
         """Fraction of zeros that the model has now among the weights under control."""
         return functional.sparsity(latent.weight for latent in self._bound().values())
 
-    @property
-    def target_sparsity(self) -> float | None:
-        """Fraction of zeros that the schedule asks for now; None if the method has no budget."""
-        latents = list(self._weights.latents.values())
-        pools = self.budgets(latents, self._context())
-        sizes = [sum(latent.theta.numel() for latent in pool) for pool, _ in pools]
-        if self.final_sparsity is None or not sum(sizes):
-            return None
-        return sum(size * (wanted or 0.0) for size, (_, wanted) in zip(sizes, pools, strict=True)) / sum(sizes)
-
-    @property
-    def target_reached(self) -> bool:
-        """Whether the ramp is over and the model has at least its final sparsity, to the weight."""
-        wanted = self.target_sparsity
-        if wanted is None:
-            return True
-        latents = self._bound()
-        slack = (1 if self.distribution == "global" else len(latents)) / sum(x.weight.numel() for x in latents.values())
-        return self._context().progress >= 1.0 and self.sparsity >= wanted - slack
-
     def latent(self, name: str) -> Tensor:
         """Dense latent tensor of a weight."""
         return self._find(name).theta
@@ -316,42 +359,13 @@ class SparseTraining(TrainingHooks):
         if module is not None:
             metrics["sparsity/model"] = functional.sparsity(module.parameters())
         metrics |= self._account.metrics(densities)
+        metrics |= self._unit_metrics(densities)
         if self.log_layers:
             for name, latent in latents.items():
                 metrics[f"sparsity/layer/{name}"] = 1.0 - densities[name]
                 if "threshold" in latent.state:
                     metrics[f"threshold/{name}"] = float(latent.state["threshold"])
         return metrics
-
-    # -- schedule -----------------------------------------------------------------------------------------------------
-
-    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
-        """Group the weights that compete with one another, each group with the sparsity wanted now."""
-        if self.final_sparsity is None:
-            return [(list(latents), None)]
-        start, way = self.initial_sparsity, self.schedule(context.progress)
-        common = [latent for latent in latents if latent.sparsity is None]
-        own = [latent for latent in latents if latent.sparsity is not None]
-        wanted = start + way * (self.final_sparsity - start)
-        pools: list[tuple[list[Latent], float | None]] = [([latent], wanted) for latent in common]
-        if self.distribution in ("er", "erk") and wanted:
-            shapes = [latent.weight.shape for latent in common]
-            shares = functional.erdos_renyi(shapes, wanted, kernel=self.distribution == "erk")
-            pools = [([latent], share) for latent, share in zip(common, shares, strict=True)]
-        elif self.distribution == "global":
-            pools = [(common, wanted)] if common else []
-        return [*pools, *(([latent], start + way * ((latent.sparsity or 0.0) - start)) for latent in own)]
-
-    def _count(self) -> list[int]:
-        """Nonzero entries of each weight now."""
-        counts: list[int] = functional.count_nonzeros([latent.weight for latent in self._bound().values()]).tolist()
-        return counts
-
-    def _bound(self) -> dict[str, Latent]:
-        module = self._module_now()
-        if module is not None:
-            self._weights.bind(module)
-        return self._weights.latents
 
     def _find(self, name: str) -> Latent:
         check_choice("name", name, self._weights.latents)

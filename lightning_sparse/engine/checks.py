@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "check_amount",
     "check_choice",
     "check_decay",
     "check_fraction",
@@ -27,6 +28,16 @@ def check_fraction(name: str, value: Any, *, one: bool = False) -> None:
         raise TypeError(f"Expected argument `{name}` to be a number in {interval}, but got {value!r}.")
     if not 0 <= value < 1 and not (one and value == 1):
         raise ValueError(f"Expected argument `{name}` to lie in {interval}, but got {value!r}.")
+
+
+def check_amount(unit: str, value: Any) -> None:
+    """Refuse FLOPs that are no fraction in ``(0, 1]``, and other units that are no positive integer."""
+    if unit != "flops":
+        check_positive(unit, value)
+        return
+    check_fraction(unit, value, one=True)
+    if not value:
+        raise ValueError(f"Expected argument `{unit}` to be more than 0, but got {value!r}.")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -37,7 +37,7 @@ class TrainingHooks(pl.Callback):
     start: int | float
     end: int | float
     freeze: int | float | None
-    final_sparsity: float | None
+    goal: str
     patterns: dict[str, Any]
     verbose: bool
 
@@ -140,10 +140,10 @@ class TrainingHooks(pl.Callback):
         verdicts = self._verdicts(pl_module)
         self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
         restored, self._restored = self._restored, None
-        self._weights.take((v for v in verdicts if v.treated), self._context(), restored)
         if restored is not None:
             self._account.load_state_dict(restored["account"])
-        self._account.count_example(trainer, pl_module)
+        self._account.count_example(trainer, pl_module)  # a budget in FLOPs asks for it
+        self._weights.take((v for v in verdicts if v.treated), self._context(), restored)
         self._weights.count()
         self._done = max(self._weights.steps.values(), default=0)
         if self.verbose and not self._attached and trainer.is_global_zero:
@@ -249,7 +249,7 @@ class TrainingHooks(pl.Callback):
         if not self.target_reached:
             rank_zero_warn(
                 f"Training ended at sparsity {self.sparsity:.4f}, before `{type(self).__name__}` reached"
-                f" {self.final_sparsity}. Let `end` come earlier or train longer."
+                f" {self.goal}. Let `end` come earlier or train longer."
             )
         elif self.sparsity == 0.0 and any("threshold" in latent.state for latent in self._weights.latents.values()):
             rank_zero_warn(

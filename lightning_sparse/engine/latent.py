@@ -26,6 +26,7 @@ class Latent:
         state: Tensors of the method by name: ``"mask"`` (bool, True = kept) or ``"threshold"`` (scalar; kept is what
             exceeds it), and whatever the method declares. Those that require grad are learned from their ``.grad``.
         sparsity: Own budget, if it does not share the common one.
+        cost: What one kept weight takes from the budget.
         grad: Dense gradient at the sparse weight, while the method selects and if it asks for that
             (``needs_gradient``).
         slots: State of the optimizer for this weight, while the method selects.
@@ -38,6 +39,7 @@ class Latent:
     dense: Tensor | None
     state: dict[str, Tensor] = field(default_factory=dict)
     sparsity: float | None = None
+    cost: int = 1
     grad: Tensor | None = None
     slots: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0

@@ -23,6 +23,9 @@ class Method(Protocol):
     learner: Literal["adam", "sgd"]
     threshold_weight_decay: float
 
+    def appraise(self, latents: Sequence[Latent]) -> None:
+        """Find what the weights cost."""
+
     def is_due(self, context: Context) -> bool:
         """Whether what lives is chosen anew after this step."""
 
@@ -38,7 +41,7 @@ class Method(Protocol):
     def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
         """Weights that compete, group by group, with the sparsity wanted now."""
 
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+    def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Mask or threshold of each weight of a group."""
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:

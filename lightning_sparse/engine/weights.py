@@ -71,6 +71,7 @@ class LatentWeights:
                 latent.unpack(previous[latent.name].pack(exact_on_kept=False))  # perhaps to another device or type
             else:
                 fresh.append(latent)
+        self.method.appraise(list(self.latents.values()))
         self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay, self.method.learner)
         self.steps = {}
         self.generator.manual_seed(self.method.seed)
@@ -268,7 +269,7 @@ class LatentWeights:
         for pool, sparsity in self.method.budgets(list(self.latents.values()), context):
             if chosen.isdisjoint(latent.name for latent in pool):
                 continue
-            selections = [{} for _ in pool] if sparsity == 0.0 else self.method.select(pool, sparsity, context)
+            selections = [{} for _ in pool] if sparsity == 0.0 else self.method.choose(pool, sparsity, context)
             for latent, selection in zip(pool, selections, strict=True):
                 if latent.name in chosen:
                     grown = latent.select(selection)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 __all__ = ["apportion", "erdos_renyi"]
 
 
-def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: bool = True) -> list[float]:
+def erdos_renyi(
+    shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: bool = True, costs: Sequence[int] | None = None
+) -> list[float]:
     r"""Give each layer a density in proportion to its number of neurons per weight.
 
     .. math:: d_l = \min\left(1, \epsilon \frac{\sum_d n_{l,d}}{\prod_d n_{l,d}}\right)
@@ -17,6 +19,7 @@ def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: boo
         shapes: Shape of each weight.
         sparsity: Fraction of zeros over all weights, in ``[0, 1)``.
         kernel: Whether the dimensions of the kernel count (ERK); else only the first two do (ER).
+        costs: What a weight of each layer costs, if not the same; ``sparsity`` is then a fraction of the costs.
 
     Returns:
         Sparsity of each layer, in ``[0, 1)``.
@@ -30,7 +33,7 @@ def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: float, *, kernel: boo
         >>> [round(share, 4) for share in erdos_renyi([(10, 10), (100, 100)], 0.9)]
         [0.0818, 0.9082]
     """
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(shape) * cost for shape, cost in zip(shapes, costs or [1] * len(shapes), strict=True)]
     counted = [shape if kernel else shape[:2] for shape in shapes]
     raw = [sum(shape) / math.prod(shape) if math.prod(shape) else 0.0 for shape in counted]
     dense: set[int] = set()

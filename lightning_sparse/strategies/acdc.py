@@ -6,7 +6,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_moment
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -32,7 +32,7 @@ class ACDC(SparseTraining):
         distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
         reset_optimizer_state: Whether the optimizer forgets what it knows of the targeted weights as a sparse phase
             ends.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -73,7 +73,7 @@ class ACDC(SparseTraining):
         dense_phase: int | float = 0.05,
         distribution: Literal["global", "uniform"] = "global",
         reset_optimizer_state: bool = True,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         for name, phase in (("sparse_phase", sparse_phase), ("dense_phase", dense_phase)):
             check_moment(name, phase)
@@ -117,10 +117,9 @@ class ACDC(SparseTraining):
                 slot.zero_()
         return [{} for _ in latents]
 
-    @property
-    def target_sparsity(self) -> float | None:
-        """Fraction of zeros that the present phase asks for."""
-        return super().target_sparsity if self.is_sparse(self._context().position) else 0.0
+    def way(self, context: Context) -> float:
+        """All of it in a sparse phase, nothing in a dense one."""
+        return float(self.is_sparse(context.position))
 
     def gradient_density(self, density: float, context: Context) -> float:
         """That of the weights in sparse phases, all of it in dense ones."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal, Unpack
 
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 
 __all__ = ["GMP"]
 
@@ -25,7 +25,7 @@ class GMP(SparseTraining):
         schedule: Shape of the ramp; cubic in the paper.
         distribution: ``"uniform"``, the same sparsity in each layer, as in the paper, or ``"global"``.
         update_every_n_steps: Optimizer steps between new masks; 100 to 1000 in the paper.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -59,7 +59,7 @@ class GMP(SparseTraining):
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         distribution: Literal["global", "uniform"] = "uniform",
         update_every_n_steps: int = 100,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         super().__init__(
             sparsity,

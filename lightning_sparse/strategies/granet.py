@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_fraction
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.sparse_to_sparse import random_mask
@@ -44,7 +44,7 @@ class GraNet(SparseTraining):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -71,6 +71,7 @@ class GraNet(SparseTraining):
     )
     keeps_latent = False
     needs_gradient = True
+    signed = True
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class GraNet(SparseTraining):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = True,
         seed: int = 0,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         check_fraction("drop_fraction", drop_fraction)
         super().__init__(
@@ -103,17 +104,19 @@ class GraNet(SparseTraining):
         """Whether weights are pruned, dropped and grown after this step."""
         return super().is_due(context) and context.progress > 0.0
 
+    def score(self, latent: Latent) -> Tensor:
+        """Magnitude; pruned weights, which are zero, come after those that are kept and zero."""
+        return latent.theta.abs() - latent.mask.logical_not().to(latent.theta.dtype)
+
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Prune across layers, then drop and grow within each; a sparse start is drawn."""
         sparsity = sparsity or 0.0
         if self.initial_sparsity and not any("mask" in latent.state for latent in latents):
-            shares = functional.erdos_renyi([latent.weight.shape for latent in latents], sparsity)
+            shapes, costs = [latent.weight.shape for latent in latents], [latent.cost for latent in latents]
+            shares = functional.erdos_renyi(shapes, sparsity, costs=costs)
             return [{"mask": random_mask(*pair, context)} for pair in zip(latents, shares, strict=True)]
-        size = sum(latent.theta.numel() for latent in latents)
-        # Pruned weights, which are zero, come after those that are kept and zero.
-        scores = [latent.theta.abs() - latent.mask.logical_not().to(latent.theta.dtype) for latent in latents]
-        masks = functional.topk_masks(scores, size - round(sparsity * size), signed=True)
-        return [self._regenerate(latent, mask, context) for latent, mask in zip(latents, masks, strict=True)]
+        pruned = super().select(latents, sparsity, context)
+        return [self._regenerate(latent, own["mask"], context) for latent, own in zip(latents, pruned, strict=True)]
 
     def _regenerate(self, latent: Latent, kept: Tensor, context: Context) -> dict[str, Tensor]:
         if latent.grad is None or not self.is_due(context):

@@ -1,14 +1,14 @@
 """LAMP: magnitudes that compete across layers by their share of what is left."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, Unpack
 
 from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
-from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.latent import Latent
 
 __all__ = ["LAMP"]
 
@@ -32,7 +32,7 @@ class LAMP(SparseTraining):
         initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
         schedule: Shape of the ramp.
         update_every_n_steps: Optimizer steps between new masks. Each new mask sorts every layer.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -67,7 +67,7 @@ class LAMP(SparseTraining):
         initial_sparsity: float = 0.0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         update_every_n_steps: int = 100,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         super().__init__(
             sparsity,
@@ -81,9 +81,6 @@ class LAMP(SparseTraining):
             **common,
         )
 
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
-        """Keep the largest scores."""
-        scores = [functional.lamp_scores(latent.theta) for latent in latents]
-        total = sum(score.numel() for score in scores)
-        masks = functional.topk_masks(scores, total - round((sparsity or 0.0) * total))
-        return [{"mask": mask} for mask in masks]
+    def score(self, latent: Latent) -> Tensor:
+        """Share in what is left of the layer."""
+        return functional.lamp_scores(latent.theta)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_decay, check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -39,7 +39,7 @@ class MEST(SparseTraining):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -76,7 +76,7 @@ class MEST(SparseTraining):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = False,
         seed: int = 0,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         check_choice("variant", variant, ("EM", "EM&S"))
         self.mutation = {0.0: 0.02, 0.5625: 0.01, 0.75: 0.0} if mutation is None else dict(mutation)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -36,7 +36,7 @@ class Powerpropagation(SparseTraining):
         distribution: How the budget is split between the layers, see
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         update_every_n_steps: Optimizer steps between new masks.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -73,7 +73,7 @@ class Powerpropagation(SparseTraining):
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         distribution: Literal["er", "erk", "global", "uniform"] = "global",
         update_every_n_steps: int = 100,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         check_number("power", power)
         if power < 1:

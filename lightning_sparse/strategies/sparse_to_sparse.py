@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_fraction
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -44,7 +44,7 @@ class SparseToSparse(SparseTraining):
         update_every_n_steps: Optimizer steps between updates.
         reset_optimizer_state: Whether the optimizer forgets what it knows of grown weights.
         seed: Of the random numbers.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -65,7 +65,7 @@ class SparseToSparse(SparseTraining):
         update_every_n_steps: int = 100,
         reset_optimizer_state: bool = True,
         seed: int = 0,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         check_choice("distribution", distribution, ("er", "erk", "uniform"))
         check_fraction("drop_fraction", drop_fraction)

@@ -1,6 +1,6 @@
 """ST-3: soft thresholding, straight-through gradients, progressive global sparsity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, Unpack
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["ST3", "ST3Sigma"]
@@ -35,7 +35,7 @@ class ST3(SparseTraining):
         freeze: After which moment w is baked into the weights and only the kept ones train. The authors do so for ten
             more epochs after the last; None for never.
         update_every_n_steps: Optimizer steps between new thresholds; 1 in the paper.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -76,7 +76,7 @@ class ST3(SparseTraining):
         rescale: bool = True,
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         super().__init__(
             sparsity,
@@ -123,11 +123,7 @@ class ST3Sigma(ST3):
         " 69.75 at 98 %, 63.25 at 99 % (authors' README)",
     )
 
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
-        """Take the quantile of the normalised magnitudes."""
-        sigmas = [sum(latent.theta.shape) ** -0.5 for latent in latents]
-        thetas = [latent.theta for latent in latents]
-        near = latents[0].state.get("threshold")
-        near = None if near is None else near / sigmas[0]
-        threshold = functional.magnitude_quantile(thetas, sparsity or 0.0, near=near, scales=sigmas)
-        return [{"threshold": (threshold * sigma).to(theta.dtype)} for theta, sigma in zip(thetas, sigmas, strict=True)]
+    def scale(self, latent: Latent) -> float:
+        """The standard deviation by which magnitudes are normalised."""
+        sigma: float = sum(latent.theta.shape) ** -0.5
+        return sigma

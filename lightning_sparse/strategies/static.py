@@ -2,7 +2,7 @@
 
 from typing import Literal, Unpack
 
-from lightning_sparse.engine.callback import Common
+from lightning_sparse.engine.callback import Budgeted
 from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse
 
 __all__ = ["StaticSparsity"]
@@ -18,7 +18,7 @@ class StaticSparsity(SparseToSparse):
         distribution: How the budget is split between the layers, see
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         seed: Of the random numbers.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -36,6 +36,6 @@ class StaticSparsity(SparseToSparse):
         *,
         distribution: Literal["er", "erk", "uniform"] = "erk",
         seed: int = 0,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         super().__init__(sparsity, distribution=distribution, end=0.0, seed=seed, **common)

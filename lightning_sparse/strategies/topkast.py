@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common
+from lightning_sparse.engine.callback import Budgeted
 from lightning_sparse.engine.checks import check_fraction, check_number
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.powerprop import Powerpropagation
@@ -39,7 +39,7 @@ class TopKAST(Powerpropagation):
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         end: When exploration ends: from then on A stays as it is and B is A; int = epoch, float = fraction of training.
         update_every_n_steps: Optimizer steps between new sets.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -76,7 +76,7 @@ class TopKAST(Powerpropagation):
         distribution: Literal["er", "erk", "uniform"] = "uniform",
         end: int | float = 1.0,
         update_every_n_steps: int = 100,
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         check_fraction("backward_sparsity", 0.0 if backward_sparsity is None else backward_sparsity)
         check_number("exploration_loss", exploration_loss, negative=False)

@@ -1,0 +1,228 @@
+"""Who shares a budget, how much of it is due, and how no layer gets too little."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sparse import functional
+from lightning_sparse.engine.hooks import TrainingHooks
+from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.engine.units import Budget
+
+__all__ = ["BudgetedTraining"]
+
+T = TypeVar("T")
+
+
+class BudgetedTraining(TrainingHooks):
+    """What a method has to give up at each moment, and whether the model has."""
+
+    # Set by the method, see `SparseTraining`.
+    final_sparsity: float | None
+    initial_sparsity: float
+    minimum_density: float
+    distribution: str
+    schedule: Callable[[float], float]
+    unit: Budget | None
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Choose what lives among weights that share a budget."""
+        raise NotImplementedError
+
+    def _choose_unit(self, sparsity: float | None, units: Mapping[str, float | None]) -> Budget | None:
+        given = {unit: amount for unit, amount in units.items() if amount is not None}
+        if not given:
+            return None
+        parameter = inspect.signature(type(self)).parameters.get("sparsity")
+        if len(given) > 1 or (sparsity is not None and (parameter is None or sparsity != parameter.default)):
+            also = given if sparsity is None else {"sparsity": sparsity, **given}
+            raise ValueError(f"Expected one argument for the budget, but got {also}. Keep one of them.")
+        return Budget(*next(iter(given.items())))
+
+    def appraise(self, latents: Sequence[Latent]) -> None:
+        """Find what weights cost, and from that the fraction of the costs to remove, if the budget is no sparsity."""
+        module = self._module_now()
+        if self.unit is not None and module is not None:
+            self.final_sparsity = self.unit.appraise(latents, module, self._account.flops)
+        if self.minimum_density and self.final_sparsity is not None:
+            self._check_minimum(latents, self.final_sparsity)
+
+    def _check_minimum(self, latents: Sequence[Latent], final: float) -> None:
+        kept = [(1.0 - (final if latent.sparsity is None else latent.sparsity)) * _cost(latent) for latent in latents]
+        lowest = [latent.cost * least(latent, self.minimum_density) for latent in latents]
+        common = [index for index, latent in enumerate(latents) if latent.sparsity is None]
+        for group in (common, *([index] for index in range(len(latents)) if index not in common)):
+            allowed, needed = sum(kept[index] for index in group), sum(lowest[index] for index in group)
+            if needed > allowed + 0.5 + 1e-6:
+                raise MisconfigurationException(
+                    f"Expected argument `minimum_density` to leave room for a budget of {self.goal}, but got"
+                    f" {self.minimum_density}, which keeps {needed / allowed:.4g} times as much as that allows in"
+                    f" {', '.join(latents[index].name for index in group[:3])}. Lower it, or allow more."
+                )
+
+    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
+        """Group the weights that compete with one another, each group with the sparsity wanted now."""
+        if self.final_sparsity is None:
+            return [(list(latents), None)]
+        way = self.schedule(context.progress)
+        common = [latent for latent in latents if latent.sparsity is None]
+        own = [([latent], self._ramp(latent.sparsity, way)) for latent in latents if latent.sparsity is not None]
+        wanted = self._ramp(self.final_sparsity, way)
+        if self.distribution == "global":
+            return [*([(common, wanted)] if common else []), *own]
+        shares = share_out(common, wanted, self.distribution, self.minimum_density, never_more=self.unit is not None)
+        return [*(([latent], share) for latent, share in zip(common, shares, strict=True)), *own]
+
+    def way(self, context: Context) -> float:
+        """How much of the way to the final budget the network is to have gone now."""
+        return self.schedule(context.progress)
+
+    def _ramp(self, final: float, way: float) -> float:
+        return final if way == 1.0 else self.initial_sparsity + way * (final - self.initial_sparsity)
+
+    def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Select among weights that share a budget, so that none of them falls below its minimum."""
+        if not self.minimum_density or sparsity is None:
+            return self.select(latents, sparsity, context)
+
+        def allocate(some: Sequence[Latent], sparsity: float) -> list[dict[str, Tensor]]:
+            return self.select(some, sparsity, context) if sparsity else [{} for _ in some]
+
+        return hold_minimum(latents, sparsity, self.minimum_density, allocate, _count_kept)
+
+    # -- what other programs read --------------------------------------------------------------------------------------
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """Fraction of zeros that the schedule asks for now; None if the method has no budget, or not of this kind."""
+        if self.unit is not None and not self.unit.uniform:
+            return None
+        return self._targeted(lambda latent: latent.weight.numel())
+
+    def _targeted(self, size: Callable[[Latent], int]) -> float | None:
+        """Fraction of the weights, or of what they cost, that the schedule asks to remove now."""
+        sizes = [(latent.sparsity, size(latent)) for latent in self._weights.latents.values()]
+        final, way = self.final_sparsity, self.way(self._context())
+        if final is None or not sum(size for _, size in sizes):
+            return None
+        removed = sum(size * self._ramp(final if own is None else own, way) for own, size in sizes)
+        return removed / sum(size for _, size in sizes)
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the ramp is over and the model takes no more than its final budget, to the weight."""
+        wanted, costs = self._targeted(_cost), [latent.cost for latent in self._bound().values()]
+        if wanted is None:
+            return True
+        slack = max(costs) * (1 if self.distribution == "global" else len(costs))
+        kept = sum(cost * count for cost, count in zip(costs, self._count(), strict=True))
+        allowed = (1.0 - wanted) * sum(map(_cost, self._weights.latents.values()))
+        return self._context().progress >= 1.0 and kept <= allowed + slack + 1e-6
+
+    def _unit_metrics(self, densities: Mapping[str, float]) -> dict[str, float]:
+        """What remains and what may, in the unit of the budget, if that is no sparsity."""
+        costs = {name: _cost(latent) for name, latent in self._weights.latents.items()}
+        target = self._targeted(_cost)
+        if self.unit is None or target is None:
+            return {}
+        metrics = {f"{self.unit.name}/target": self.unit.remains((1.0 - target) * sum(costs.values()))}
+        if self.unit.name != "flops":  # of which the account tells
+            kept = sum(costs[name] * density for name, density in densities.items())
+            metrics[f"{self.unit.name}/total"] = self.unit.remains(round(kept))
+        return metrics
+
+    def _count(self) -> list[int]:
+        """Nonzero entries of each weight now."""
+        counts: list[int] = functional.count_nonzeros([latent.weight for latent in self._bound().values()]).tolist()
+        return counts
+
+    def _bound(self) -> dict[str, Latent]:
+        module = self._module_now()
+        if module is not None:
+            self._weights.bind(module)
+        return self._weights.latents
+
+
+def _cost(latent: Latent) -> int:
+    """What all of a layer costs."""
+    return latent.cost * latent.weight.numel()
+
+
+def least(latent: Latent, minimum_density: float) -> int:
+    """How many weights of a layer are kept at least."""
+    return math.ceil(minimum_density * latent.weight.numel())
+
+
+def _count_kept(latent: Latent, selection: Mapping[str, Tensor]) -> int:
+    """How many weights a selection keeps."""
+    if not selection:
+        return latent.weight.numel()
+    mask = selection["mask"] if "mask" in selection else functional.exceeds(latent.theta, selection["threshold"])
+    return int(functional.count_nonzeros([mask]))
+
+
+def hold_minimum(
+    latents: Sequence[Latent],
+    sparsity: float,
+    minimum_density: float,
+    allocate: Callable[[Sequence[Latent], float], Iterable[T]],
+    count: Callable[[Latent, T], int],
+) -> list[T]:
+    """Allocate a budget so that no layer keeps less than its minimum; the others make up for it.
+
+    Args:
+        latents: The weights that share the budget.
+        sparsity: Fraction of what they cost to remove.
+        minimum_density: Fraction of each layer that is kept at least.
+        allocate: From weights and the fraction that they have to give up to something per weight.
+        count: How many weights of a layer that something keeps.
+    """
+    costs = {latent.name: latent.cost * latent.weight.numel() for latent in latents}
+    held: dict[str, T] = {}
+    removed, free = sparsity * sum(costs.values()), list(latents)
+    while True:
+        found = dict(zip((latent.name for latent in free), allocate(free, sparsity), strict=True))
+        low = [latent for latent in free if count(latent, found[latent.name]) < least(latent, minimum_density)]
+        if not low:
+            found |= held
+            return [found[latent.name] for latent in latents]
+        for latent in low:
+            share = 1.0 - least(latent, minimum_density) / latent.weight.numel()
+            (held[latent.name],) = allocate([latent], share)
+            removed -= share * costs[latent.name]
+        free = [latent for latent in free if latent.name not in held]
+        left = sum(costs[latent.name] for latent in free)
+        sparsity = removed / left if left and removed > 0.5 else 0.0  # costs are whole numbers
+
+
+def share_out(
+    latents: Sequence[Latent], sparsity: float, distribution: str, minimum_density: float, *, never_more: bool
+) -> list[float]:
+    """Sparsity of each of the layers that have budgets of their own.
+
+    Args:
+        latents: The weights of the layers.
+        sparsity: Fraction of what they cost that all together have to give up.
+        distribution: ``"uniform"``, ``"er"`` or ``"erk"``.
+        minimum_density: Fraction of each layer that is kept at least.
+        never_more: Whether numbers of weights are rounded down, so that the budget is never exceeded.
+    """
+
+    def allocate(some: Sequence[Latent], sparsity: float) -> list[float]:
+        if distribution == "uniform" or not sparsity:
+            return [sparsity for _ in some]
+        shapes, costs = [latent.weight.shape for latent in some], [latent.cost for latent in some]
+        return functional.erdos_renyi(shapes, sparsity, kernel=distribution == "erk", costs=costs)
+
+    def count(latent: Latent, share: float) -> int:
+        size = latent.weight.numel()
+        return math.floor((1.0 - share) * size + 1e-6) if never_more else size - round(share * size)
+
+    shares = hold_minimum(latents, sparsity, minimum_density, allocate, count)
+    if never_more:
+        shares = [1.0 - count(*pair) / max(1, pair[0].weight.numel()) for pair in zip(latents, shares, strict=True)]
+    return shares
