@@ -1,5 +1,6 @@
 """From the trained model to what other programs load."""
 
+from lightning_sparse.export.inspection import inspect_checkpoint
 from lightning_sparse.export.packing import load_sparse, read_sparse, save_sparse
 
-__all__ = ["load_sparse", "read_sparse", "save_sparse"]
+__all__ = ["inspect_checkpoint", "load_sparse", "read_sparse", "save_sparse"]

@@ -123,7 +123,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path, *, co
 
 
 def load_sparse(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read what :func:`save_sparse` has written.
+    """Read what :func:`save_sparse` has written, or any safetensors file.
 
     Args:
         path: The file.
@@ -134,7 +134,7 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> dict[str, T
         The state dict; that of the model, if one is given.
 
     Raises:
-        ValueError: If the file is not one of :func:`save_sparse`, is damaged, or does not fit the model.
+        ValueError: If the file is no such file, is damaged, or does not fit the model.
         ModuleNotFoundError: If the file is compressed and the package zstandard is missing.
     """
     if model is None:
@@ -154,7 +154,7 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> dict[str, T
 
 
 def read_sparse(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors of a file of :func:`save_sparse` one after another, so that only one need be in memory.
+    """Read the tensors of a file of :func:`save_sparse`, or of any safetensors file, so that only one is in memory.
 
     Args:
         path: The file.
@@ -163,7 +163,7 @@ def read_sparse(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         Name and tensor; of a tensor with several names all of them, with the same tensor.
 
     Raises:
-        ValueError: If the file is not one of :func:`save_sparse` or is damaged.
+        ValueError: If the file is no such file or is damaged.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -173,7 +173,7 @@ def read_sparse(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         try:
             yield from _tensors(source)
         except _DamageError as error:
-            raise ValueError(f"Expected {path} to be a file that `save_sparse` has written, but {error}.") from error
+            raise ValueError(f"Expected {path} to be a safetensors file, packed or not, but {error}.") from error
 
 
 class _DamageError(Exception):
@@ -282,8 +282,8 @@ def _parse(source: Any) -> tuple[list[_Entry], dict[str, tuple[str, list[int]]],
         raise _DamageError(f"its header would have {length} bytes")
     try:
         table = json.loads(_read(source, length).tobytes())
-        metadata = table.pop("__metadata__")
-        packed, aliases = json.loads(metadata["sparse"]), json.loads(metadata["aliases"])
+        metadata = table.pop("__metadata__", {})
+        packed, aliases = (json.loads(metadata.get(key, "{}")) for key in ("sparse", "aliases"))
         sparse = {name: (form["dtype"], _shape(form["shape"])) for name, form in packed.items()}
         spans = [(tuple(_shape(form["data_offsets"])), name) for name, form in table.items()]
         spans.sort(key=lambda span: span[0])  # stable: empty tensors stay where they are
