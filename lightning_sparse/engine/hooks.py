@@ -197,14 +197,15 @@ class TrainingHooks(pl.Callback):
             )
 
     def end_noise(self) -> None:
-        """Show everybody the weights without the noise that the network trains with."""
-        self._weights.end_batch(self._context())
+        """Show everybody the weights without noise, if the last batch of an epoch was skipped after it had started."""
+        self._weights.settle(self._context())
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Settle what no optimizer step has, and keep the accounts, before other callbacks look at the model."""
         if not self._trains(trainer):
             return
-        self.end_noise()
+        if self._weights.method.stochastic:
+            self._weights.bind(pl_module)  # which also drops gathered copies of noisy weights
         self._account.close(batch)
         self._price()
         self._account.spend(batch_size(batch) * replicas(trainer))
@@ -319,7 +320,8 @@ class TrainingHooks(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called when saving a checkpoint. Keeps the promised zeros in averaged weights."""
+        """Called when saving a checkpoint. Keeps the promised zeros in averaged weights, and noise out of the file."""
+        self._weights.quiet(checkpoint["state_dict"], self._context())
         self._weights.enforce(checkpoint["state_dict"])
 
     def _context(self, step: int = 0) -> Context:
@@ -348,6 +350,8 @@ class TrainingHooks(pl.Callback):
         # The step that this batch has taken, or of whose gradient it is a part.
         done = max(self._weights.steps.values(), default=0)
         densities, context = self._weights.densities, self._context(done if done > self._done else done + 1)
+        if self._weights.method.stochastic and not self._weights.frozen:
+            densities = dict.fromkeys(densities, 1.0)  # noisy weights are dense
         self._done = done
         needed = {
             name: a if self._weights.frozen else self._weights.method.gradient_density(a, context)

@@ -120,11 +120,15 @@ class LatentWeights:
         self._project(self.latents.values() if self.training else (), context)
 
     @torch.no_grad()
-    def end_batch(self, context: Context) -> None:
-        """Show everybody the weights without noise."""
-        if self.training:
-            self.training = False
-            self._project(self.latents.values(), context)
+    def quiet(self, tensors: dict[str, Tensor], context: Context) -> None:
+        """Take the noise out of a state dict that is saved while a batch is trained on."""
+        for latent in self.latents.values() if self.training else ():
+            weight, held = torch.empty_like(latent.theta), tensors.get(latent.path)
+            self.method.project(latent, context, weight)
+            if held is None or not is_sharded(held):
+                weight = whole(weight)  # all ranks enter
+            if held is not None:  # in memory of its own, as the network goes on with the noise
+                tensors[latent.path] = weight.to(held.device)
 
     def _shake(self, latents: Iterable[Latent]) -> None:
         """Draw the next noise; the same on every rank."""
@@ -229,13 +233,13 @@ class LatentWeights:
 
     @torch.no_grad()
     def settle(self, context: Context, *, everything: bool = False) -> None:
-        """Leave every weight sparse: after a skipped step or the last of several optimizers.
+        """Leave every weight sparse and without noise: after a batch, a skipped step or the last of several optimizers.
 
         Args:
             context: Where training stands.
             everything: Whether anything may have been interrupted anywhere.
         """
-        self.training = False
+        everywhere, self.training = everything or self.training or self._stale, False
         interrupted = [latent for hosted in self._exposed.values() for latent, _ in hosted]
         for optimizer, hosted in self._exposed.items():
             for latent, _ in hosted:
@@ -247,7 +251,7 @@ class LatentWeights:
         # One rank alone cannot select among weights that it shares with others.
         if self._stale and not (everything and any(is_sharded(latent.weight) for latent in self.latents.values())):
             self._select(self.latents.values(), context)
-        self._project(self.latents.values() if everything or self._stale else interrupted, context)
+        self._project(self.latents.values() if everywhere else interrupted, context)
         self._stale = False
 
     def _update(self, latents: list[Latent], optimizer: Optimizer, context: Context) -> None:
