@@ -139,6 +139,8 @@ class SparseTraining(BudgetedTraining):
     # Whether selecting takes the dense gradient at the sparse weights, and takes the place of the optimizer's step.
     needs_gradient: bool = False
     replaces_step: bool = False
+    # Whether what lives is chosen anew when an epoch begins, too, once the one before has been validated.
+    per_epoch: bool = False
     # Whether the optimizer forgets what it knows of weights that start anew.
     reset_optimizer_state: bool = False
     # Whether scores are compared with their signs.

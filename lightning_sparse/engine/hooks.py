@@ -152,7 +152,12 @@ class TrainingHooks(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when a training epoch begins. Keeps the promised zeros if another callback averaged the weights."""
+        """Called when a training epoch begins. Lets methods choose that do so now, keeps zeros in averaged weights."""
+        if self._weights.method.per_epoch and self._trains(trainer):
+            self._tick(trainer, 0, trainer.current_epoch)
+            self._weights.bind(pl_module)
+            self._weights.start_epoch(self._context())
+            self._weights.count()
         self._weights.enforce()
 
     @override

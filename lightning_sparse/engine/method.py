@@ -17,6 +17,7 @@ class Method(Protocol):
     exact_on_kept: bool
     needs_gradient: bool
     replaces_step: bool
+    per_epoch: bool
     reset_optimizer_state: bool
     seed: int
     stochastic: bool

@@ -135,6 +135,15 @@ class LatentWeights:
         for latent in latents:
             latent.seed = int(torch.randint(1 << 62, (), generator=self.generator))
 
+    # -- one epoch ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_epoch(self, context: Context) -> None:
+        """Choose what lives in an epoch, and show the network that."""
+        if not self.frozen:
+            self._select(self.latents.values(), context)
+            self._project(self.latents.values(), context)
+
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()

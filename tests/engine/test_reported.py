@@ -78,7 +78,10 @@ def test_sparsity_in_the_progress_bar_is_that_of_the_last_batch(setting):
     class Look(Callback):
         def on_train_batch_start(self, trainer, *args):
             if trainer.global_step:
-                seen.append((float(trainer.progress_bar_metrics["sparsity"]), count_sparsity(model, callback.targets)))
+                seen.append((float(trainer.progress_bar_metrics["sparsity"]), self.counted))
+
+        def on_train_batch_end(self, *args):
+            self.counted = count_sparsity(model, callback.targets)
 
     fit(model, callback, Look(), log_every_n_steps=1)
     assert len(seen) == 11
