@@ -8,6 +8,7 @@ from lightning_sparse.strategies.keep_mask import KeepMask
 from lightning_sparse.strategies.lamp import LAMP
 from lightning_sparse.strategies.lats import LATS
 from lightning_sparse.strategies.mest import MEST
+from lightning_sparse.strategies.optg import OptG
 from lightning_sparse.strategies.powerprop import Powerpropagation
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
@@ -28,6 +29,7 @@ __all__ = [
     "LAMP",
     "LATS",
     "MEST",
+    "OptG",
     "Powerpropagation",
     "RigL",
     "SET",

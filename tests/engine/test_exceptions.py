@@ -168,6 +168,7 @@ class Catching(Fragile):
             optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:`OptG` has pruned all")  # of a weight that has hardly heard a gradient
 @every_strategy
 def test_a_failed_step_that_the_user_catches_leaves_no_trace(setting):
     model, callback, thresholds = Catching(), setting.build(), []

@@ -7,7 +7,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_sparse import GMP, ST3, SparseTraining
+from lightning_sparse import GMP, ST3, OptG, SparseTraining
 from tests.helpers.assertions import assert_same, assert_sparse, count_sparsity, pruned
 from tests.helpers.models import (
     Classifier,
@@ -176,6 +176,7 @@ class Unused(Classifier):
         return loss + self.sometimes(batch[0].flatten(1)).square().mean() if batch_idx % 2 else loss
 
 
+@pytest.mark.filterwarnings("ignore:`OptG` has pruned all")
 @every_strategy
 def test_weights_without_a_gradient_are_sparse_too(setting):
     model, callback = Unused(), setting.build()
@@ -183,7 +184,8 @@ def test_weights_without_a_gradient_are_sparse_too(setting):
     fit(model, Probe(callback), callback)
     assert "never.weight" in callback.targets
     mask = callback.mask("never.weight")
-    assert 0 < mask.sum() < 36
+    assert mask.sum() < 36
+    assert mask.any() or isinstance(callback, OptG)  # whose scores know nothing of such a weight
     if type(callback) in (SparseTraining, GMP):  # whose projection and update leave such a weight alone
         assert torch.equal(model.never.weight, untouched * mask)
     if setting.sparsity is not None:

@@ -12,7 +12,10 @@ from tests.helpers.models import Loader, make_trainer
 from tests.helpers.ranks import SpreadClassifier, keep, spawn, train
 from tests.helpers.strategies import SETTINGS
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.filterwarnings("ignore:`OptG` has pruned all"),  # ten weights in a layer that is hardly needed
+]
 RESUMED = ("ST3", "AutoSparse", "GMP", "SparseTraining-masked")
 slow = pytest.mark.slow
 sizes = pytest.mark.parametrize("size", [2, pytest.param(4, marks=slow)], scope="module")

@@ -4,6 +4,7 @@ A violation that the sweep finds is fixed, and kept as a plain test where it bel
 """
 
 import copy
+import math
 import pickle
 import random
 import re
@@ -25,7 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import ACDC, MEST, SNFS, ST3, STR, SparseTraining, ST3Sigma
+from lightning_sparse import ACDC, MEST, SNFS, ST3, STR, OptG, SparseTraining, ST3Sigma
 from lightning_sparse.functional import erdos_renyi
 from tests.helpers.assertions import assert_same, count_sparsity, describe, grows, project
 from tests.helpers.draw import configs, target_names
@@ -343,6 +344,7 @@ class Reckoner(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches += 1
+        self.epoch = trainer.current_epoch
         for name in self.sparse.targets:
             threshold = self.sparse.threshold(name)
             if threshold is not None:
@@ -379,6 +381,8 @@ class Reckoner(Callback):
         if isinstance(self.sparse, ACDC) and not self.sparse.is_sparse(position):
             return [(self.sparse.targets, 0.0)]
         way = self.sparse.schedule(progress)
+        if isinstance(self.sparse, OptG):
+            way = self.sigmoid(progress)
         initial, overrides = self.sparse.initial_sparsity, self.config.kwargs.get("overrides", {})
         own = [name for name in self.sparse.targets if overrides.get(name)]
         common = [name for name in self.sparse.targets if name not in own]
@@ -391,6 +395,11 @@ class Reckoner(Callback):
             shares = erdos_renyi(shapes, wanted[0][1], kernel=self.sparse.distribution == "erk")
             wanted[:1] = [([name], share) for name, share in zip(common, shares, strict=True)]
         return wanted
+
+    def sigmoid(self, progress):
+        if progress == 1 or (self.epoch >= 1 and self.epoch + 1 >= self.end):
+            return 1.0
+        return 0.0 if self.epoch < 1 else 1 / (1 + math.exp(-self.sparse.beta * (self.epoch - self.end / 2)))
 
     def compare(self, model, names, sparsity):
         if isinstance(self.sparse, MEST | SNFS):  # whose budgets breathe, or move between layers

@@ -115,6 +115,7 @@ SETTINGS = {
     "ACDC": Setting(
         ls.ACDC, {"sparsity": 0.7, "start": 0.1, "end": 0.7, "sparse_phase": 0.2, "dense_phase": 0.1}, sparsity=0.7
     ),
+    "OptG": Setting(ls.OptG, {"sparsity": 0.7, "end": 0.5, "beta": 2.0}, sparsity=0.7),
     "LATS": Setting(ls.LATS, {"threshold": 0.05}, {"threshold": 0.0}),
     "KeepMask": Setting(Pruned, {"zeros": 0.7}, {"zeros": 0.0}),
 }

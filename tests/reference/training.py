@@ -30,6 +30,7 @@ def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None, i
                     nn.utils.clip_grad_norm_(thetas.values(), clip)
                 for group, hosted in scalars:
                     group.update({key: hosted[key] for key in followed})
+                    group["lr"] *= method.rate()
                 method.before_step(host, epoch, index + 1, len(batches))
                 host.step()
                 learner.step()
@@ -74,6 +75,9 @@ class Method:
 
     def penalty(self):
         return 0.0
+
+    def rate(self):
+        return 1.0
 
     def before_step(self, host, epoch, batch, batches):
         pass
