@@ -17,7 +17,7 @@ ARROW = {
     "functional": {"functional"},
     "schedules": {"functional", "schedules"},
     "cards": set(),
-    "engine": {"cards", "functional", "schedules", "engine", "flops", "reports"},
+    "engine": {"cards", "functional", "schedules", "engine", "flops", "reports", "_untouched"},
     "strategies": {"cards", "functional", "schedules", "engine", "strategies"},
     "metrics": {"functional", "engine.targets", "flops", "metrics"},
     "_flop_handles": set(),

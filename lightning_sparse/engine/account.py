@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.fsdp import FSDPModule
 
+from lightning_sparse._untouched import untouched
 from lightning_sparse.flops import FlopCount, FlopRecorder
 
 __all__ = ["Account", "batch_size", "replicas"]
@@ -31,8 +33,14 @@ class Account:
         self._spent = self._spent_dense = self._rate = 0.0
         self._recorder: FlopRecorder | None = None
 
-    def count_example(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Count with ``module.example_input_array``, if there is one and nothing has been counted yet."""
+    def count_example(self, trainer: pl.Trainer, module: pl.LightningModule, *, run: bool = False) -> None:
+        """Count with ``module.example_input_array``, if there is one and nothing has been counted yet.
+
+        Args:
+            trainer: Moves the example to where the module is.
+            module: Called on every rank.
+            run: Whether to count layer by layer in a forward pass what cannot be traced as a whole.
+        """
         example = module.example_input_array
         if example is None or self.flops is not None:
             return
@@ -41,9 +49,12 @@ class Account:
         if isinstance(example, Mapping):
             args, kwargs = (), dict(example)
         recorder = FlopRecorder(module)
-        if recorder.trace(module, args, kwargs):
-            self.samples = batch_size(example)
-            self.flops = recorder.count()
+        if any(isinstance(part, FSDPModule) for part in module.modules()) or not recorder.trace(module, args, kwargs):
+            if not run:
+                return
+            with untouched(module), recorder:
+                module(*args, **kwargs)
+        self.samples, self.flops = batch_size(example), recorder.count()
 
     def open(self, module: pl.LightningModule) -> None:
         """Record the calls of the first training batch, if nothing has been counted yet."""

@@ -47,6 +47,8 @@ class BudgetedTraining(TrainingHooks):
         """Find what weights cost, and from that the fraction of the costs to remove, if the budget is no sparsity."""
         module = self._module_now()
         if self.unit is not None and module is not None:
+            if self.unit.name == "flops":
+                self._account.count_example(module.trainer, module, run=True)
             self.final_sparsity = self.unit.appraise(latents, module, self._account.flops)
         if self.minimum_density and self.final_sparsity is not None:
             self._check_minimum(latents, self.final_sparsity)

@@ -179,6 +179,10 @@ class SparseTraining(BudgetedTraining):
         check_fraction("sparsity", sparsity or 0.0)
         check_fraction("minimum_density", minimum_density)
         self.unit = self._choose_unit(sparsity, {"flops": flops, "parameters": parameters, "bytes": bytes})
+        if minimum_density and sparsity is None and self.unit is None:
+            raise ValueError(
+                f"Expected argument `minimum_density` to be 0 without a budget, but got {minimum_density}."
+            )
         check_window(start, end, freeze)
         check_fraction("initial_sparsity", initial_sparsity)
         if not callable(schedule):

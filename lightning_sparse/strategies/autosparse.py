@@ -1,56 +1,19 @@
 """AutoSparse: learned thresholds with Gradient Annealing."""
 
-import math
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from typing import Literal, Unpack
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common
-from lightning_sparse.engine.checks import check_fraction, check_moment
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
-from lightning_sparse.schedules import sigmoid_cosine_decay
+from lightning_sparse.strategies.annealing import anneal, annealed_alpha, annealed_density, check_annealing
 from lightning_sparse.strategies.str import STR
 
 __all__ = ["AutoSparse"]
-
-
-def check_annealing(alpha: float, alpha_reset: int | float | None, backward_sparsity: float | None) -> None:
-    """Refuse settings of Gradient Annealing that are out of range."""
-    check_fraction("alpha", alpha, one=True)
-    if alpha_reset is not None:
-        check_moment("alpha_reset", alpha_reset)
-    if backward_sparsity is not None:
-        check_fraction("backward_sparsity", backward_sparsity)
-
-
-def annealed_alpha(alpha: float, alpha_reset: int | float | None, context: Context) -> float:
-    """Factor for the gradients of pruned weights, constant within an epoch: the decay at epoch / epochs, then 0."""
-    if math.isinf(context.epochs):
-        raise MisconfigurationException(
-            "Gradient Annealing decays `alpha` over the whole training, but training is open-ended."
-            " Set `max_epochs` or `max_steps` in the Trainer."
-        )
-    # Rounded, so that 0.55 * 100 epochs is epoch 55.
-    reset = round(alpha_reset * context.epochs, 9) if isinstance(alpha_reset, float) else alpha_reset
-    if reset is not None and context.epoch >= reset:
-        return 0.0
-    return alpha * sigmoid_cosine_decay(min(1.0, context.epoch / context.epochs))
-
-
-def anneal(grad: Tensor, theta: Tensor, mask: Tensor, alpha: float, backward_sparsity: float | None) -> Tensor:
-    """Scale the gradient of the pruned weights, in place, and drop it outside the backward set."""
-    grad = functional.anneal_gradient(grad, mask, alpha, out=grad)
-    if backward_sparsity is not None and alpha > 0.0:
-        functional.mask_gradient(grad, functional.backward_set(theta, mask, backward_sparsity), out=grad)
-    return grad
-
-
-def annealed_density(density: float, alpha: float, backward_sparsity: float | None) -> float:
-    """Fraction of the weight gradient that Gradient Annealing has to compute."""
-    return density if alpha == 0.0 else max(density, 1.0 - (backward_sparsity or 0.0))
 
 
 class AutoSparse(STR):
@@ -65,7 +28,18 @@ class AutoSparse(STR):
     epoch :math:`e` of :math:`E`, :math:`\alpha_e = \alpha\, \mathrm{decay}(e / E)`
     (:func:`~lightning_sparse.schedules.sigmoid_cosine_decay`), and 0 from ``alpha_reset`` on.
 
+    Beyond the paper, ``sparsity`` (or another budget) makes the outcome certain. Thresholds are then
+
+    .. math::
+        \tau_l = c\, \sigma(s_l), \qquad
+        \frac{\partial L}{\partial s_l} = -c\, \sigma'(s_l) \sum_i D_i\, g_i \operatorname{sign}(\theta_i)
+
+    where after each step the one factor :math:`c` is solved so that all layers together have the sparsity that the
+    schedule asks for. How they share it is learned.
+
     Args:
+        sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``; None for what the
+            thresholds come to by themselves.
         alpha: Initial factor :math:`\alpha` for the gradients of pruned weights, in ``[0, 1]``; 0 gives :class:`STR`.
             Larger values let more weights return: higher accuracy, lower sparsity.
         threshold_init: Initial :math:`s`; one learned scalar per layer.
@@ -75,14 +49,18 @@ class AutoSparse(STR):
             weights alone decide.
         backward_sparsity: Fraction of each layer's weights that get no gradient at all, in ``[0, 1)``: the smallest
             ones, as far as they are pruned. None for none.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        start: With a budget: when its ramp starts: int = epoch, float = fraction of training.
+        end: With a budget: when it is met.
+        schedule: Shape of the ramp.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
 
     Note:
-        Sparsity is an outcome here, not a target. There is no code by the authors; where the paper leaves a choice, the
-        equations above are the choice. How the thresholds are stepped: see :class:`STR`.
+        Without a budget sparsity is an outcome, not a target. With one, what the thresholds have in common is taken up
+        by :math:`c`, and they learn their ratios. There is no code by the authors; where the paper leaves a choice,
+        the equations above are the choice. How the thresholds are stepped: see :class:`STR`.
 
     References:
         Kundu et al., "AutoSparse: Towards Automated Sparse Training of Deep Neural Networks", 2023,
@@ -107,6 +85,7 @@ class AutoSparse(STR):
 
     def __init__(
         self,
+        sparsity: float | None = None,
         *,
         alpha: float = 0.5,
         threshold_init: float = -5.0,
@@ -114,12 +93,39 @@ class AutoSparse(STR):
         alpha_reset: int | float | None = 0.9,
         alpha_in_threshold: bool = True,
         backward_sparsity: float | None = None,
-        **common: Unpack[Common],
+        start: int | float = 0.0,
+        end: int | float = 0.5,
+        schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
+        **common: Unpack[Budgeted],
     ) -> None:
         check_annealing(alpha, alpha_reset, backward_sparsity)
-        super().__init__(threshold_init=threshold_init, threshold_weight_decay=threshold_weight_decay, **common)
+        check_number("threshold_init", threshold_init)
+        SparseTraining.__init__(
+            self,
+            sparsity,
+            start=start,
+            end=end,
+            schedule=schedule,
+            projection="soft",
+            gradient="masked",
+            threshold_weight_decay=threshold_weight_decay,
+            **common,
+        )
+        if self.goal == "None":
+            self.start = self.end = 0
+        self.threshold_init = threshold_init
         self.alpha, self.alpha_reset = alpha, alpha_reset
         self.alpha_in_threshold, self.backward_sparsity = alpha_in_threshold, backward_sparsity
+
+    def scale(self, latent: Latent) -> float:
+        """The learned part of the threshold."""
+        return max(1e-30, float(latent.state["s"].detach().sigmoid()))
+
+    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Read the thresholds off the learned scalars, or solve for their common factor if there is a budget."""
+        if sparsity is None:
+            return super().select(latents, sparsity, context)
+        return SparseTraining.select(self, latents, sparsity, context)
 
     def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         """Anneal the gradient of the pruned weights, and leave that of ``s`` in its ``.grad``."""
@@ -128,6 +134,15 @@ class AutoSparse(STR):
         heard = latent_grad if self.alpha_in_threshold else functional.mask_gradient(latent_grad, mask)
         self.learn_threshold(latent, heard)
         return latent_grad
+
+    def learn_threshold(self, latent: Latent, latent_grad: Tensor) -> None:
+        """Chain rule through the threshold; the common factor is taken as constant."""
+        if self.final_sparsity is None:
+            super().learn_threshold(latent, latent_grad)
+        elif "threshold" in latent.state:
+            s, threshold = latent.state["s"], latent.state["threshold"]
+            inner = threshold.to(s.dtype) * (1 - s.detach().sigmoid())
+            s.grad = inner * functional.threshold_gradient(latent_grad, latent.theta)
 
     def gradient_density(self, density: float, context: Context) -> float:
         """All of the weight gradient while alpha lasts, then that of the kept weights."""

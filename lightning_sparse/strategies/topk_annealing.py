@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
-from lightning_sparse.strategies.autosparse import anneal, annealed_alpha, annealed_density, check_annealing
+from lightning_sparse.strategies.annealing import anneal, annealed_alpha, annealed_density, check_annealing
 
 __all__ = ["TopKGradientAnnealing"]
 

@@ -3,10 +3,12 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -27,7 +29,10 @@ from lightning_sparse import (
     TopKGradientAnnealing,
 )
 from lightning_sparse.flops import count_flops
-from tests.helpers.models import make_trainer
+from lightning_sparse.functional.sharding import whole
+from tests.helpers.assertions import assert_same
+from tests.helpers.models import Loader, make_trainer
+from tests.helpers.ranks import SaveAtEpoch, SpreadClassifier, keep, spawn
 
 # Which layers suffer is not what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has pruned all:UserWarning")
@@ -323,6 +328,63 @@ def test_what_cannot_be_reached_is_told_with_numbers(arguments, message):
         train(ST3(verbose=False, **arguments))
 
 
+def test_flops_of_what_cannot_be_traced_are_counted_layer_by_layer():
+    class Untraceable(Net):
+        def forward(self, x):
+            if torch.jit.is_tracing():
+                raise RuntimeError
+            return super().forward(x)
+
+    callback = ST3(flops=0.2, verbose=False, **RAMP)
+    net = train(callback, Untraceable())
+    assert 0.2 - dearest(net, flops=0.2) < remains(net, callback, "flops") <= 0.2
+
+
 def test_flops_are_counted_before_training_or_not_at_all():
     with pytest.raises(MisconfigurationException, match="from an `example_input_array` that the LightningModule has"):
         train(ST3(flops=0.2, verbose=False), Net(example=False))
+
+
+# --- over many ranks, and resumed ------------------------------------------------------------------------------------
+
+
+class Priced(SpreadClassifier):
+    """Weights that cost differently."""
+
+    example_input_array = torch.randn(2, 1, 6, 6)
+
+
+def train_priced(layout: str) -> dict[str, torch.Tensor]:
+    """Masks after training with a budget in FLOPs."""
+    strategy = {"one": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(2, 1)}[layout]
+    callback = SparseTraining(flops=0.4, minimum_density=0.1, verbose=False, **RAMP)
+    trainer = make_trainer(callback, strategy=strategy, devices=1 if layout == "one" else 2)
+    trainer.fit(Priced(), Loader(), Loader())
+    assert callback.target_reached
+    return {name: whole(callback.mask(name)) for name in callback.targets}
+
+
+def train_spread(folder: Path) -> None:
+    for layout in ("ddp", "fsdp"):
+        keep(train_priced(layout), folder / layout)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_ranks_agree_on_a_budget_in_flops(tmp_path):
+    expected = train_priced("one")
+    spawn(train_spread, 2, tmp_path)
+    for layout in ("ddp", "fsdp"):
+        assert_same(torch.load(tmp_path / layout), expected)
+
+
+def test_a_resumed_run_keeps_to_the_budget(tmp_path):
+    def once(**flags):
+        model, callback = Net(), ST3(flops=0.2, verbose=False, start=0, end=3)
+        torch.manual_seed(1)
+        data = [(torch.randn(4, 2, 8, 8), torch.randint(0, 5, (4,))) for _ in range(5)]
+        trainer = make_trainer(callback, SaveAtEpoch(tmp_path / "half.ckpt"), max_epochs=4)
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None), **flags)
+        return {**model.state_dict(), **callback.metrics()}
+
+    assert_same(once(), once(ckpt_path=tmp_path / "half.ckpt"))

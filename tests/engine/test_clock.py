@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_sparse import AutoSparse, SparseTraining
 from lightning_sparse.engine.clock import Clock
 from lightning_sparse.schedules import sigmoid_cosine_decay
-from lightning_sparse.strategies.autosparse import annealed_alpha
+from lightning_sparse.strategies.annealing import annealed_alpha
 from tests.helpers.models import Classifier, Loader, Stream, make_net, make_trainer
 
 

@@ -54,7 +54,7 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
     method, kwargs = SETTINGS[strategy].method, {}
     codes = method.__init__.__code__
     known = {*codes.co_varnames[: codes.co_argcount + codes.co_kwonlyargcount]}
-    budget = "sparsity" in known
+    budget = SETTINGS[strategy].sparsity is not None
     if budget:
         kwargs["sparsity"] = draw(st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.9, 0.95, 0.99]))
         freeze = ["freeze"] if "freeze" in known and draw(st.booleans()) else []

@@ -59,11 +59,17 @@ SETTINGS = {
         {"sparsity": 0.7, **_RAMP, "gradient": "masked", "distribution": "uniform", "update_every_n_steps": 3},
         sparsity=0.7,
     ),
+    "SparseTraining-minimum": Setting(
+        SparseTraining, {"sparsity": 0.7, **_RAMP, "minimum_density": 0.28}, sparsity=0.7
+    ),
     "ST3": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "ST3-freeze": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP, "freeze": 0.6}, sparsity=0.7),
     "ST3Sigma": Setting(ls.ST3Sigma, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "STR": Setting(ls.STR, _THRESHOLD, _NO_THRESHOLD),
     "AutoSparse": Setting(ls.AutoSparse, {**_THRESHOLD, "alpha": 0.5, "alpha_reset": 0.7}, _NO_THRESHOLD),
+    "AutoSparse-budget": Setting(
+        ls.AutoSparse, {"sparsity": 0.7, **_RAMP, **_THRESHOLD, "alpha_reset": 0.7}, sparsity=0.7
+    ),
     "TopKGradientAnnealing": Setting(
         ls.TopKGradientAnnealing, {"sparsity": 0.7, **_RAMP, "alpha_reset": 0.7, "backward_sparsity": 0.4}, sparsity=0.7
     ),

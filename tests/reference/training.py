@@ -256,6 +256,38 @@ class AutoSparse(Annealed, STR):
         return theta.sign() * (to_theta + to_s - to_s.detach())
 
 
+class BudgetedAutoSparse(AutoSparse):
+    """Thresholds c sigma(s), with the one number c as the ramp asks."""
+
+    def __init__(self, thetas, pools, *, start, end, **settings):
+        super().__init__(thetas, pools, **settings)
+        self.start, self.end, self.c = start, end, 0.0
+
+    def tau(self, name):
+        return self.c * self.learned[name].sigmoid()
+
+    def shown(self, name, theta):
+        if not self.c:
+            return theta
+        silent = self.silent(theta, self.mask(name))
+        return theta.sign() * ProxyRelu.apply(theta.abs() - self.tau(name), self.alpha_now(), silent)
+
+    def after_step(self, epoch, batch, batches):
+        super().after_step(epoch, batch, batches)
+        ((names, sparsity),) = self.pools
+        q = sparsity * ratio(epoch, batch, batches, self.start, self.end)
+        self.c = quantile([self.thetas[name] / self.learned[name].sigmoid() for name in names], q) if q else 0.0
+
+    def mask(self, name):
+        return self.latent(name).abs() > self.tau(name).detach() if self.c else torch.ones_like(self.latent(name)) > 0
+
+    def weight(self, name):
+        return self.shown(name, self.latent(name)).detach()
+
+    def threshold(self, name):
+        return float(self.tau(name).detach())
+
+
 class HardMask(torch.autograd.Function):
     """m theta, with (m + alpha (1 - m)) g for a gradient, and 0 where ``silent``."""
 

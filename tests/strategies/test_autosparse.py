@@ -5,8 +5,17 @@ import torch
 
 from lightning_sparse import STR, AutoSparse
 from lightning_sparse.engine.latent import Context, Latent
-from lightning_sparse.strategies.autosparse import annealed_alpha
-from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, assert_equal_training
+from lightning_sparse.strategies.annealing import annealed_alpha
+from tests.helpers.models import make_trainer
+from tests.helpers.side_by_side import (
+    EPOCHS,
+    HOSTS,
+    WEIGHTS,
+    Net,
+    assert_equal_training,
+    hosts_and_dtypes,
+    make_data,
+)
 from tests.reference import training as reference
 from tests.reference.functional import gradient_annealing_decay
 
@@ -92,3 +101,55 @@ def test_gradients_by_hand(in_threshold, pull):
     grad = callback.pull_back(latent, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), now)
     assert torch.equal(grad, torch.tensor([[1.0, 1.0, 1.5], [2.0, 5.0, 3.0]]))
     assert latent.state["s"].grad == -pull / 4
+
+
+# --- with a budget ---------------------------------------------------------------------------------------------------
+
+
+def budgeted_twin(*, reset=9, **settings):
+    settings = {"init": -2.5, "weight_decay": 3e-3, "alpha": 0.6, "start": 2, "end": 8, "epochs": EPOCHS} | settings
+    return lambda thetas: reference.BudgetedAutoSparse(thetas, [(WEIGHTS, 0.6)], reset=reset, **settings)
+
+
+@pytest.mark.parametrize("backward_sparsity", [None, 0.5])
+@hosts_and_dtypes
+def test_training_with_a_budget_equals_autograd(host, dtype, backward_sparsity):
+    assert_equal_training(
+        AutoSparse(
+            0.6,
+            alpha=0.6,
+            alpha_reset=9,
+            start=2,
+            end=8,
+            backward_sparsity=backward_sparsity,
+            **THRESHOLDS,
+            verbose=False,
+        ),
+        budgeted_twin(backward_sparsity=backward_sparsity),
+        host=host,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("budget", [{"sparsity": 0.6}, {"parameters": 300}])
+def test_it_ends_exactly_on_target_with_thresholds_that_differ_as_learned(budget):
+    callback = AutoSparse(**budget, alpha=0.6, start=2, end=8, threshold_init=-2.5, verbose=False)
+    net = Net(HOSTS["sgd"])
+    make_trainer(callback, max_epochs=EPOCHS).fit(net, make_data())
+    size = sum(net.get_parameter(name).numel() for name in WEIGHTS)
+    kept = sum(int((net.get_parameter(name) != 0).sum()) for name in WEIGHTS)
+    rest = sum(parameter.numel() for parameter in net.parameters()) - size
+    wanted = size - 0.6 * size if "sparsity" in budget else 300 - rest
+    assert abs(kept - wanted) < 1
+    learned = {name: float(callback._weights.latents[name].state["s"].detach().sigmoid()) for name in WEIGHTS}
+    factors = [callback.threshold(name) / learned[name] for name in WEIGHTS]
+    assert factors == pytest.approx([factors[0]] * len(factors))
+    assert len({round(sigma, 5) for sigma in learned.values()}) == len(WEIGHTS)
+    assert max(learned.values()) > 1.0005 * min(learned.values())
+    assert callback.target_reached
+
+
+def test_a_budget_of_zero_thresholds_is_met_all_the_same():
+    callback = AutoSparse(0.5, threshold_init=-3200.0, start=0, end=4, verbose=False)
+    make_trainer(callback, max_epochs=6).fit(Net(HOSTS["sgd"]), make_data())
+    assert callback.target_reached
