@@ -41,6 +41,7 @@ SET_BY_LIBRARIES = {
 THREADS_OF_LIBRARIES = ("Dummy-", "QueueFeederThread", "ThreadPoolExecutor-", "fsspecIO", "tqdm_monitor")
 SECONDS_FOR_THREADS_TO_END = 5.0
 
+pytest_plugins = ["tests.helpers.conformance"]
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers import conformance
 from tests.helpers.assertions import grows
 from tests.helpers.models import make_trainer
 from tests.reference.training import train
@@ -110,16 +111,19 @@ def differences(
 
     names = method.names
     assert sorted(callback.targets) == sorted(names)
-    found, expected = net.state_dict(), twin.state_dict() | {name: method.weight(name) for name in names}
+    ours, expected = net.state_dict(), twin.state_dict() | {name: method.weight(name) for name in names}
     thresholds = [(callback.threshold(name), method.threshold(name)) for name in names]
-    return {
+    found = {
         "latents": max(distance(callback.latent(name), method.latent(name)) for name in names),
-        "weights": max(distance(found[name], expected[name]) for name in names),
-        "all else": max(distance(found[name], expected[name]) for name in found if name not in names),
+        "weights": max(distance(ours[name], expected[name]) for name in names),
+        "all else": max(distance(ours[name], expected[name]) for name in ours if name not in names),
         "thresholds": max(0.0 if a == b else abs(a - b) for a, b in thresholds),  # None equals None
         "wrong in masks": sum(int((callback.mask(name) != method.mask(name)).sum()) for name in names),
-        "zeros not as masked": sum(wrong_zeros(callback, name, found[name]) for name in names),
+        "zeros not as masked": sum(wrong_zeros(callback, name, ours[name]) for name in names),
     }
+    steps = epochs * math.ceil(BATCHES / accumulate)
+    conformance.record(callback, trainer.optimizers[0], dtype, steps, found)
+    return found
 
 
 def wrong_zeros(callback, name, weight):

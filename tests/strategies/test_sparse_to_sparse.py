@@ -7,7 +7,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning_sparse import SET, RigL, StaticSparsity
 from lightning_sparse.engine.latent import Context
 from tests.helpers.models import make_trainer
-from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, Net, assert_equal_training, host, make_data
+from tests.helpers.side_by_side import (
+    EPOCHS,
+    HOSTS,
+    WEIGHTS,
+    Net,
+    assert_equal_training,
+    host,
+    hosts_and_dtypes,
+    make_data,
+)
 from tests.reference import sparse_to_sparse as reference
 
 SHAPES = {name: parameter.shape for name, parameter in Net(None).named_parameters() if name in WEIGHTS}
@@ -30,12 +39,13 @@ def test_rigl(host, dtype):
     )
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_set(host):
+@hosts_and_dtypes
+def test_set(host, dtype):
     assert_equal_training(
         SET(0.6, distribution="uniform", end=8, update_every_n_steps=7, seed=3, verbose=False),
         lambda thetas: reference.SET(thetas, EACH, end=8, every=7, seed=3),
         host=host,
+        dtype=dtype,
     )
 
 
@@ -73,11 +83,12 @@ def test_gradients_are_summed_over_a_step_and_seen_before_clipping():
     )
 
 
-@pytest.mark.parametrize("distribution", ["er", "erk"])
-def test_static_masks(distribution):
+@pytest.mark.parametrize(("distribution", "dtype"), [("er", torch.float64), ("erk", torch.float32)])
+def test_static_masks(distribution, dtype):
     assert_equal_training(
         StaticSparsity(0.6, distribution=distribution, seed=5, verbose=False),
         lambda thetas: reference.SET(thetas, split(distribution == "erk"), end=1, every=1000, seed=5),
+        dtype=dtype,
     )
 
 
