@@ -8,11 +8,11 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow coverage lint format bench constraints clean
+.PHONY: help install demo test test-slow conformance coverage lint format docs bench constraints clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
-	@echo 'Variables: PYTHON=python3.12 (needs a `make clean` when .venv exists), WORKERS=4, ARGS="-k st3" for pytest'
+	@echo 'Variables: PYTHON=python3.12 (needs a `make clean` when .venv exists), WORKERS=4, METHOD=RigL, ARGS="-k st3" for pytest'
 
 install: $(STAMP)  ## Create or update .venv with the exact versions of constraints.txt
 
@@ -21,14 +21,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Train a sparse digits classifier and write its report to runs/digits
-	$(RUN) examples/digits.py --output runs/digits
+demo: $(STAMP)  ## Train sparse digits classifiers, or those of METHOD="RigL SET", and write a report to runs/digits
+	$(RUN) examples/digits.py --output runs/digits $(addprefix --method ,$(METHOD))
 
 test: $(STAMP)  ## Run the tests and the doctests, without the slow ones
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 test-slow: $(STAMP)  ## Run the slow tests only
 	$(RUN) -m pytest -m slow -o faulthandler_timeout=1800 $(ARGS)
+
+conformance: $(STAMP)  ## Train each method next to its reference and write the differences to docs/conformance.md
+	$(RUN) -m pytest -n $(WORKERS) --conformance docs/conformance.md tests/strategies
 
 coverage: $(STAMP)  ## Run the tests in one process and report the covered lines and branches
 	$(RUN) -m coverage run -m pytest $(ARGS)
@@ -43,6 +46,9 @@ lint: $(STAMP)  ## Check style, format, types and spelling; change nothing
 format: $(STAMP)  ## Repair what ruff can repair
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(STAMP)  ## Write the tables of methods in README.md and docs/methods.md from the cards of the classes
+	$(RUN) -m lightning_sparse methods --fill README.md docs/methods.md
 
 bench: $(STAMP)  ## Measure time, memory and selection into docs/*.md; let nothing else run on the machine meanwhile
 	$(RUN) benchmarks/overhead.py --profile --output docs/overhead.md \

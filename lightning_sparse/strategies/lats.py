@@ -52,7 +52,7 @@ class LATS(SparseTraining):
         paper="Chen et al., ICLR 2023, https://openreview.net/forum?id=cCFqcrq0d8",
         criterion="magnitudes above a prescribed threshold",
         projection="soft threshold",
-        gradient="straight-through",
+        gradient="straight-through gradient",
         schedule="an outcome of the threshold",
         allocation="one threshold for all layers",
         dense_gradient="always",

@@ -57,7 +57,7 @@ class ST3(SparseTraining):
         paper="Vanderschueren and De Vleeschouwer, WACV 2023, https://arxiv.org/abs/2212.01076",
         criterion="magnitudes above a global quantile",
         projection="soft threshold, channels rescaled",
-        gradient="straight-through",
+        gradient="straight-through gradient",
         schedule="cubic ramp to the target",
         allocation="global",
         dense_gradient="always",

@@ -50,7 +50,7 @@ class StraightThroughMagnitude(SparseTraining):
     card = Card(
         paper="Wortsman et al., NeurIPS 2019, https://arxiv.org/abs/1906.00586",
         criterion="the largest, anew at each step",
-        gradient="straight-through",
+        gradient="straight-through gradient",
         dense_gradient="always",
         training_flops="2 f_S + f_D",
     )
