@@ -82,16 +82,32 @@ def test_digits_writes_what_it_promises(digits, capsys, monkeypatch):
         assert accuracy == pytest.approx(logged(version / "metrics.csv", "val_accuracy")[epoch], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", sorted({*strategies.__all__} - {"ST3", "AutoSparse", "KeepMask"}))
-def test_digits_takes_any_strategy(digits, method, capsys):
-    result = digits.run(method, argparse.Namespace(output="out", epochs=2, seed=0, min_sparsity=0.0))
+def options(epochs, min_sparsity=0.0):
+    return argparse.Namespace(output="out", epochs=epochs, seed=0, min_sparsity=min_sparsity)
+
+
+QUICK = ["KeepMask", "RigL", "STR"]  # a start from a sparse model, masks that change, learned thresholds
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in strategies.__all__]
+)
+def test_digits_takes_any_strategy(digits, method):
+    dense = digits.run("dense", options(epochs=1)) if method == "KeepMask" else None
+    result = digits.run(method, options(epochs=2), dense)
     assert 0.0 < result["sparsity"] < 1.0
     assert result["inference"] < 1.0
 
 
+def test_digits_has_settings_for_strategies_only(digits):
+    assert digits.SETTINGS.keys() <= {*strategies.__all__}
+    for name, settings in digits.SETTINGS.items():
+        vars(strategies)[name](**settings)
+
+
 def test_digits_says_so_if_no_model_is_sparse_enough(digits):
     with pytest.raises(SystemExit, match="STR did not become sparse enough"):
-        digits.run("STR", argparse.Namespace(output="out", epochs=1, seed=0, min_sparsity=0.99))
+        digits.run("STR", options(epochs=1, min_sparsity=0.99))
 
 
 # -- CIFAR-10 ---------------------------------------------------------------------------------------------------------
