@@ -24,7 +24,7 @@ ARROW = {
     "_untouched": set(),
     "flops": {"_flop_handles", "_untouched", "flops", "functional"},
     "reports": {"functional", "engine.targets", "flops", "reports"},
-    "export": {"functional", "engine.targets", "export"},
+    "export": {"functional", "engine.targets", "export", "reports"},
 }
 FREE = {"__init__", "__main__"}
 MATHS_ONLY = {"__future__", "collections", "functools", "math", "torch", "typing"}  # all that functional/ may import

@@ -76,7 +76,7 @@ class AutoSparse(STR):
         criterion="magnitudes above a threshold learned per layer",
         projection="soft threshold",
         gradient="pruned weights hear the gradient times an annealed α",
-        schedule="learned",
+        schedule="learned, or with `sparsity` a cubic ramp to the target",
         allocation="learned",
         dense_gradient="while α > 0",
         training_flops="2 f_S + f_D while α > 0, then 3 f_S",

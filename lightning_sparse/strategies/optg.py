@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -54,7 +55,16 @@ class OptG(SparseTraining):
         0.9
     """
 
-    paper = "Zhang et al., 2022, https://arxiv.org/abs/2201.12826"
+    card = Card(
+        paper="Zhang et al., 2022, https://arxiv.org/abs/2201.12826",
+        criterion="the highest of scores that the gradient teaches, chosen anew in each epoch",
+        schedule="sigmoid ramp, to the weight",
+        allocation="global",
+        dense_gradient="always",
+        training_flops="2 f_S + f_D",
+        published="ResNet-50 on ImageNet, top-1: 74.55 at 90 %, 72.45 at 95 %, 70.85 at 96.5 %,"
+        " 67.20 at 98 %, 62.10 at 99 % (authors' README)",
+    )
     exact_on_kept = True
     per_epoch = True
 
