@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from lightning_sparse.engine.callback import SparseTraining
 from lightning_sparse.engine.checkpoint import SparseModelCheckpoint, consolidate_checkpoint
+from lightning_sparse.engine.tables import read_budgets
 from lightning_sparse.strategies import (
     ACDC,
     GMP,
@@ -51,5 +52,6 @@ __all__ = [
     "TopKAST",
     "TopKGradientAnnealing",
     "consolidate_checkpoint",
+    "read_budgets",
 ]
 __version__ = version("lightning-sparse")

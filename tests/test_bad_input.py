@@ -80,7 +80,7 @@ MISTAKES = [
         GMP,
         {"distribution": "globl"},
         ValueError,
-        "Expected argument `distribution` to be one of ['er', 'erk', 'global', 'uniform'], but got 'globl'."
+        "Expected argument `distribution` to be one of ['er', 'erk', 'global', 'lamp', 'uniform'], but got 'globl'."
         " Did you mean 'global'?",
     ),
     (

@@ -209,7 +209,7 @@ def share_out(
     Args:
         latents: The weights of the layers.
         sparsity: Fraction of what they cost that all together have to give up.
-        distribution: ``"uniform"``, ``"er"`` or ``"erk"``.
+        distribution: ``"uniform"``, ``"er"``, ``"erk"`` or ``"lamp"``.
         minimum_density: Fraction of each layer that is kept at least.
         never_more: Whether numbers of weights are rounded down, so that the budget is never exceeded.
     """
@@ -218,6 +218,11 @@ def share_out(
         if distribution == "uniform" or not sparsity:
             return [sparsity for _ in some]
         shapes, costs = [latent.weight.shape for latent in some], [latent.cost for latent in some]
+        if distribution == "lamp":
+            scores = [functional.lamp_scores(latent.theta) for latent in some]
+            kept = functional.affordable(scores, costs, round((1.0 - sparsity) * sum(map(_cost, some))))
+            counts = functional.count_nonzeros(functional.topk_masks(scores, kept)).tolist()
+            return [1.0 - n / max(1, latent.weight.numel()) for n, latent in zip(counts, some, strict=True)]
         return functional.erdos_renyi(shapes, sparsity, kernel=distribution == "erk", costs=costs)
 
     def count(latent: Latent, share: float) -> int:

@@ -88,7 +88,8 @@ class SparseTraining(BudgetedTraining):
         initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
         schedule: Shape of the ramp: a name, or a function from progress in ``[0, 1]`` to a fraction in ``[0, 1]``.
         distribution: Whether all weights compete (``"global"``), each has the same sparsity (``"uniform"``), or small
-            ones stay denser (``"er"``, ``"erk"``; see :func:`~lightning_sparse.functional.erdos_renyi`).
+            ones stay denser (``"er"``, ``"erk"``; see :func:`~lightning_sparse.functional.erdos_renyi`), or each has
+            its part of the largest LAMP scores (``"lamp"``; see :func:`~lightning_sparse.functional.lamp_scores`).
         projection: :math:`P`: keep the largest (``"hard"``), or shrink all by a common threshold (``"soft"``).
         gradient: :math:`G`: all of it (``"straight_through"``), or that of the kept weights (``"masked"``).
         freeze: After which moment the mask stays as it is and only the kept weights train; None for never.
@@ -160,7 +161,7 @@ class SparseTraining(BudgetedTraining):
         end: int | float = 0.5,
         initial_sparsity: float = 0.0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
-        distribution: Literal["er", "erk", "global", "uniform"] = "global",
+        distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "global",
         projection: Literal["hard", "soft"] = "hard",
         gradient: Literal["straight_through", "masked"] = "straight_through",
         freeze: int | float | None = None,
@@ -187,7 +188,7 @@ class SparseTraining(BudgetedTraining):
         check_fraction("initial_sparsity", initial_sparsity)
         if not callable(schedule):
             check_choice("schedule", schedule, SCHEDULES)
-        check_choice("distribution", distribution, ("er", "erk", "global", "uniform"))
+        check_choice("distribution", distribution, ("er", "erk", "global", "lamp", "uniform"))
         check_choice("projection", projection, ("hard", "soft"))
         check_choice("gradient", gradient, ("straight_through", "masked"))
         check_positive("update_every_n_steps", update_every_n_steps)

@@ -23,7 +23,8 @@ class GMP(SparseTraining):
         end: When it reaches ``sparsity``.
         initial_sparsity: Sparsity before ``start``, in ``[0, 1)``.
         schedule: Shape of the ramp; cubic in the paper.
-        distribution: ``"uniform"``, the same sparsity in each layer, as in the paper, or ``"global"``.
+        distribution: ``"uniform"``, the same sparsity in each layer, as in the paper, or another split, see
+            :class:`~lightning_sparse.engine.callback.SparseTraining`.
         update_every_n_steps: Optimizer steps between new masks; 100 to 1000 in the paper.
         **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
@@ -57,7 +58,7 @@ class GMP(SparseTraining):
         end: int | float = 0.8,
         initial_sparsity: float = 0.0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
-        distribution: Literal["global", "uniform"] = "uniform",
+        distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "uniform",
         update_every_n_steps: int = 100,
         **common: Unpack[Budgeted],
     ) -> None:

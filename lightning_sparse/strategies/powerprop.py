@@ -71,7 +71,7 @@ class Powerpropagation(SparseTraining):
         end: int | float = 0.8,
         initial_sparsity: float = 0.0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
-        distribution: Literal["er", "erk", "global", "uniform"] = "global",
+        distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "global",
         update_every_n_steps: int = 100,
         **common: Unpack[Budgeted],
     ) -> None:

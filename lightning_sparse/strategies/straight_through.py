@@ -63,7 +63,7 @@ class StraightThroughMagnitude(SparseTraining):
         start: int | float = 0,
         end: int | float = 0,
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
-        distribution: Literal["er", "erk", "global", "uniform"] = "uniform",
+        distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "uniform",
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
         **common: Unpack[Budgeted],

@@ -66,7 +66,10 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
     choices: dict[str, st.SearchStrategy[Any]] = {
         "initial_sparsity": st.sampled_from([0.0, 0.05]).filter(lambda s: s <= kwargs["sparsity"]),
         "schedule": st.sampled_from(shapes),
-        "distribution": st.sampled_from(get_args(get_type_hints(method.__init__).get("distribution")) or ["global"]),
+        "distribution": st.sampled_from(
+            # Budgets that follow the weights are not known beforehand.
+            [d for d in get_args(get_type_hints(method.__init__).get("distribution")) if d != "lamp"] or ["global"]
+        ),
         "projection": st.sampled_from(["hard", "soft"]),
         "gradient": st.sampled_from(["straight_through", "masked"]),
         "update_every_n_steps": st.integers(1, 4),

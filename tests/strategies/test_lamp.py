@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from lightning_sparse import LAMP
+from lightning_sparse import GMP, LAMP
 from lightning_sparse.functional import lamp_scores
+from tests.helpers.assertions import assert_same
 from tests.helpers.models import make_trainer
 from tests.helpers.side_by_side import (
+    HOSTS,
     STANDING_STILL,
     WEIGHTS,
     Net,
@@ -27,6 +29,18 @@ def test_training_equals_the_equations(host, dtype):
         host=host,
         dtype=dtype,
     )
+
+
+def test_budgets_of_layers_by_scores_are_those_that_the_scores_have_among_all():
+    """Within a layer the scores go by magnitude, so that gradual pruning with these budgets is the same training."""
+    ends = []
+    for method, split in ((LAMP, {}), (GMP, {"distribution": "lamp"})):
+        torch.manual_seed(0)
+        net, ramp = Net(HOSTS["sgd"]), {"start": 1, "end": 8, "update_every_n_steps": 10}
+        make_trainer(method(0.8, **ramp, **split, verbose=False), max_epochs=10).fit(net, make_data())
+        ends.append(net.state_dict())
+    assert_same(*ends)
+    assert len({round(float((ends[0][name] == 0).double().mean()), 2) for name in WEIGHTS}) > 2
 
 
 def test_own_budgets():
