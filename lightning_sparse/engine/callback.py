@@ -18,6 +18,7 @@ from lightning_sparse.engine.checks import (
     check_window,
 )
 from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.engine.rewind import Rounds
 from lightning_sparse.engine.weights import LatentWeights
 from lightning_sparse.reports import Report
 from lightning_sparse.schedules import SCHEDULES
@@ -152,6 +153,8 @@ class SparseTraining(BudgetedTraining):
     stochastic: bool = False
     # What steps the tensors that the method learns.
     learner: Literal["adam", "sgd"] = "sgd"
+    # Several trainings, one after the other.
+    rounds: Rounds | None = None
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from lightning_sparse.engine.clock import Clock
 from lightning_sparse.engine.latent import Context
 from lightning_sparse.engine.order import First, callbacks, line_up
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
+from lightning_sparse.engine.rewind import Rewinder, Rounds
 from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped, unscale
 from lightning_sparse.engine.targets import Target, find_targets
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
@@ -39,11 +40,13 @@ class TrainingHooks(pl.Callback):
     freeze: int | float | None
     goal: str
     patterns: dict[str, Any]
+    rounds: Rounds | None
     verbose: bool
 
     def __init__(self, weights: LatentWeights) -> None:
         self._weights = weights
         self._account = Account()
+        self._rewinder = Rewinder()
         self._rows: list[Row] = []
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._clock = Clock(1.0, 1.0)
@@ -112,6 +115,8 @@ class TrainingHooks(pl.Callback):
             raise MisconfigurationException(f"Expected `start` <= `end` <= `freeze`, but they fall {found}.")
         # A method that anneals over the whole training raises here if that has no end.
         self._weights.method.gradient_density(1.0, self._context())
+        if self.rounds is not None:
+            self.rounds.length(self._clock.epochs)
 
     def _verdicts(self, module: pl.LightningModule) -> list[Target]:
         return find_targets(module, **self.patterns)
@@ -140,6 +145,8 @@ class TrainingHooks(pl.Callback):
         verdicts = self._verdicts(pl_module)
         self._rows = [Row(v.name, tuple(v.parameter.shape), v.treated, v.reason) for v in verdicts]
         restored, self._restored = self._restored, None
+        if self.rounds is not None:
+            self._rewinder.begin(trainer, self.rounds, self._clock.epochs, restored and restored["rewinder"])
         if restored is not None:
             self._account.load_state_dict(restored["account"])
         self._account.count_example(trainer, pl_module)  # a budget in FLOPs asks for it
@@ -150,13 +157,27 @@ class TrainingHooks(pl.Callback):
             show_targets(type(self).__name__, self._rows)
         self._attached = True
 
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the next of several trainings, if one is over, before other callbacks look at the model."""
+        if self.rounds is None:
+            return
+        self._weights.bind(pl_module)
+        self._rewinder.keep(trainer, pl_module, self.rounds, trainer.current_epoch)
+        over = self.rounds.ended(trainer.current_epoch, self._clock.epochs)
+        if over > self._rewinder.done:
+            self._rewinder.done = over
+            self._weights.choose(self._context())
+            self._rewinder.rewind(trainer, pl_module, self.rounds)
+            self._weights.enforce()
+            self._weights.count()
+
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when a training epoch begins. Lets methods choose that do so now, keeps zeros in averaged weights."""
-        if self._weights.method.per_epoch and self._trains(trainer):
+        if self._weights.method.per_epoch and self._trains(trainer) and not self._weights.frozen:
             self._tick(trainer, 0, trainer.current_epoch)
             self._weights.bind(pl_module)
-            self._weights.start_epoch(self._context())
+            self._weights.choose(self._context())
             self._weights.count()
         self._weights.enforce()
 
@@ -298,7 +319,8 @@ class TrainingHooks(pl.Callback):
             return self._restored
         if not self._attached:  # a learning rate finder saves before training
             return {"format": FORMAT}
-        return {**self._weights.state_dict(), "account": self._account.state_dict()}
+        state = {**self._weights.state_dict(), "account": self._account.state_dict()}
+        return state if self.rounds is None else {**state, "rewinder": self._rewinder.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,7 +356,14 @@ class TrainingHooks(pl.Callback):
         progress = self._clock.progress(self._position, start, end)
         elapsed = min(1.0, self._position / max(self._clock.epochs, 1e-9))
         return Context(
-            step, self._epoch, self._clock.epochs, progress, elapsed, self._weights.generator, self._position
+            step,
+            self._epoch,
+            self._clock.epochs,
+            progress,
+            elapsed,
+            self._weights.generator,
+            self._position,
+            rounds=self._rewinder.done,
         )
 
     def _tick(self, trainer: pl.Trainer, batches: int, epoch: int) -> None:

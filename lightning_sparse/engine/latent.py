@@ -156,6 +156,7 @@ class Context:
         generator: Source of random numbers, the same on every rank and after resuming.
         position: Epochs so far, with the fraction of the current one.
         training: Whether a batch is being trained on, so that the network may see noise.
+        rounds: Trainings that are over, where a method takes several.
     """
 
     step: int
@@ -166,6 +167,7 @@ class Context:
     generator: torch.Generator | None = None
     position: float = 0.0
     training: bool = False
+    rounds: int = 0
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ __all__ = ["First", "callbacks", "line_up"]
 class Watched(Protocol):
     """What is told before all other callbacks are."""
 
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """An epoch begins."""
+
     def end_noise(self) -> None:
         """No batch is being trained on."""
 
@@ -31,6 +34,11 @@ class First(pl.Callback):
 
     def __init__(self, hooks: Watched) -> None:
         self.hooks = hooks
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when a training epoch begins."""
+        self.hooks.start_epoch(trainer, pl_module)
 
     @override
     def on_train_batch_end(

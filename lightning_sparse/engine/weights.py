@@ -137,13 +137,6 @@ class LatentWeights:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def start_epoch(self, context: Context) -> None:
-        """Choose what lives in an epoch, and show the network that."""
-        if not self.frozen:
-            self._select(self.latents.values(), context)
-            self._project(self.latents.values(), context)
-
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -302,13 +295,18 @@ class LatentWeights:
             return mask_gradient(grad, latent.mask, out=grad)
         return self.method.pull_back(latent, grad, replace(context, training=self.training))
 
+    @torch.no_grad()
+    def choose(self, context: Context) -> None:
+        """Choose what lives among all weights, and show it to the network."""
+        self._select(self.latents.values(), context)
+        self._project(self.latents.values(), context)
+
     # -- the mask as a promise ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def freeze(self, context: Context) -> None:
         """Bake w into the latents and keep the mask: from now on only the kept weights train."""
-        self._select(self.latents.values(), context)
-        self._project(self.latents.values(), context)
+        self.choose(context)
         self.frozen = True  # first: an interrupt may leave some of the latents as they are
         self._learner = Learner(())
         self._nonzeros.clear()

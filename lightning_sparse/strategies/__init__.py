@@ -4,6 +4,7 @@ from lightning_sparse.strategies.acdc import ACDC
 from lightning_sparse.strategies.autosparse import AutoSparse
 from lightning_sparse.strategies.gmp import GMP
 from lightning_sparse.strategies.granet import GraNet
+from lightning_sparse.strategies.imp import IterativeMagnitudePruning
 from lightning_sparse.strategies.keep_mask import KeepMask
 from lightning_sparse.strategies.lamp import LAMP
 from lightning_sparse.strategies.lats import LATS
@@ -25,6 +26,7 @@ __all__ = [
     "AutoSparse",
     "GMP",
     "GraNet",
+    "IterativeMagnitudePruning",
     "KeepMask",
     "LAMP",
     "LATS",

@@ -17,7 +17,8 @@ EPOCHS = 6
 BUDGETS = [
     name
     for name, setting in SETTINGS.items()
-    if setting.sparsity and not grows(setting.build()) and setting.build().initial_sparsity == 0.0
+    if setting.sparsity and not grows(setting.build()) and not setting.build().rounds
+    if setting.build().initial_sparsity == 0.0
 ]
 
 

@@ -37,6 +37,7 @@ def test_resumed_run_equals_the_uninterrupted_one(setting, accumulate):
     check_resume(lambda: [setting.build()], checkpoints, accumulate_grad_batches=accumulate, max_epochs=4)
 
 
+@pytest.mark.filterwarnings("ignore:Training ended at sparsity 0.0000, before `Iterative:UserWarning")  # in a round
 @every_strategy
 @pytest.mark.parametrize(
     ("flags", "checkpoint"),

@@ -353,6 +353,8 @@ class Reckoner(Callback):
         progress = float(position >= self.end)
         if self.start < position < self.end:
             progress = (position - self.start) / (self.end - self.start)
+        if self.sparse.rounds:  # two, of which the first takes an epoch
+            progress = float(trainer.current_epoch > 0)
         frozen, self.masks = self.masks, None
         if self.freeze is not None and position > self.freeze + 1e-9:
             self.masks = {name: self.sparse.mask(name).clone() for name in self.sparse.targets}

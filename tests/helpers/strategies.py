@@ -99,6 +99,18 @@ SETTINGS = {
     ),
     "GMP": Setting(ls.GMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
     "LAMP": Setting(ls.LAMP, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
+    "IterativeMagnitudePruning": Setting(
+        ls.IterativeMagnitudePruning,
+        {"sparsity": 0.7, "rounds": 2, "epochs_per_round": 1},
+        {"sparsity": 0.0, "rewind": None, "rounds": 2, "epochs_per_round": 1},
+        sparsity=0.7,
+    ),
+    "IterativeMagnitudePruning-learning-rate": Setting(
+        ls.IterativeMagnitudePruning,
+        {"sparsity": 0.7, "rounds": 2, "epochs_per_round": 1, "rewind": "learning_rate", "distribution": "uniform"},
+        {"sparsity": 0.0, "rewind": None, "rounds": 2, "epochs_per_round": 1},
+        sparsity=0.7,
+    ),
     "StraightThroughMagnitude": Setting(ls.StraightThroughMagnitude, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "Powerpropagation": Setting(
         ls.Powerpropagation,
