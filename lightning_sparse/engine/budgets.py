@@ -70,7 +70,7 @@ class BudgetedTraining(TrainingHooks):
         """Group the weights that compete with one another, each group with the sparsity wanted now."""
         if self.final_sparsity is None:
             return [(list(latents), None)]
-        way = self.schedule(context.progress)
+        way = self.way(context)
         common = [latent for latent in latents if latent.sparsity is None]
         own = [([latent], self._ramp(latent.sparsity, way)) for latent in latents if latent.sparsity is not None]
         wanted = self._ramp(self.final_sparsity, way)
@@ -88,6 +88,8 @@ class BudgetedTraining(TrainingHooks):
 
     def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Select among weights that share a budget, so that none of them falls below its minimum."""
+        if sparsity == 0.0:
+            return [{} for _ in latents]
         if not self.minimum_density or sparsity is None:
             return self.select(latents, sparsity, context)
 

@@ -355,16 +355,8 @@ class TrainingHooks(pl.Callback):
         start, end = self._clock.at(self.start, "start"), self._clock.at(self.end, "end")
         progress = self._clock.progress(self._position, start, end)
         elapsed = min(1.0, self._position / max(self._clock.epochs, 1e-9))
-        return Context(
-            step,
-            self._epoch,
-            self._clock.epochs,
-            progress,
-            elapsed,
-            self._weights.generator,
-            self._position,
-            rounds=self._rewinder.done,
-        )
+        where = (step, self._epoch, self._clock.epochs, progress, elapsed, self._weights.generator, self._position)
+        return Context(*where, rounds=self._rewinder.done)
 
     def _tick(self, trainer: pl.Trainer, batches: int, epoch: int) -> None:
         """Read the clock, with so many batches of an epoch done."""

@@ -275,8 +275,7 @@ class LatentWeights:
         for pool, sparsity in self.method.budgets(list(self.latents.values()), context):
             if chosen.isdisjoint(latent.name for latent in pool):
                 continue
-            selections = [{} for _ in pool] if sparsity == 0.0 else self.method.choose(pool, sparsity, context)
-            for latent, selection in zip(pool, selections, strict=True):
+            for latent, selection in zip(pool, self.method.choose(pool, sparsity, context), strict=True):
                 if latent.name in chosen:
                     grown = latent.select(selection)
                     if optimizer is not None and grown is not None and self.method.reset_optimizer_state:

@@ -107,15 +107,13 @@ class ACDC(SparseTraining):
         pruned = (latent for latent in self._weights.latents.values() if latent.sparsity != 0.0)
         return any(("mask" in latent.state) != sparse for latent in pruned)
 
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+    def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Take the mask of a sparse phase, or none."""
-        if self.is_sparse(context.position):
-            return super().select(latents, sparsity, context)
-        slots = (slot for latent in latents if "mask" in latent.state for slot in latent.slots.values())
-        for slot in slots:
-            if self.reset_optimizer_state and isinstance(slot, Tensor) and slot.ndim:
+        ended = not sparsity and self.reset_optimizer_state
+        for slot in (slot for latent in latents if ended and "mask" in latent.state for slot in latent.slots.values()):
+            if isinstance(slot, Tensor) and slot.ndim:
                 slot.zero_()
-        return [{} for _ in latents]
+        return super().choose(latents, sparsity, context)
 
     def way(self, context: Context) -> float:
         """All of it in a sparse phase, nothing in a dense one."""

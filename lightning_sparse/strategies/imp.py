@@ -1,16 +1,13 @@
 """IMP: train, prune, rewind, and again."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_positive
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.rewind import Rounds
@@ -43,7 +40,7 @@ class IterativeMagnitudePruning(SparseTraining):
         rewind: What goes back.
         rewind_epoch: Where to, :math:`k`, in ``[0, E)``. Large networks need a few epochs before.
         distribution: ``"global"``, all weights compete, or ``"uniform"``, the same sparsity in each layer.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -73,6 +70,7 @@ class IterativeMagnitudePruning(SparseTraining):
         schedule="the same fraction of what is left in each round, to the weight",
     )
     keeps_latent = False
+    signed = True
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class IterativeMagnitudePruning(SparseTraining):
         rewind: Literal["learning_rate", "weights"] | None = "weights",
         rewind_epoch: int = 0,
         distribution: Literal["global", "uniform"] = "global",
-        **common: Unpack[Common],
+        **common: Unpack[Budgeted],
     ) -> None:
         super().__init__(sparsity, start=0, end=0, distribution=distribution, gradient="masked", **common)
         check_positive("rounds", rounds)
@@ -108,16 +106,13 @@ class IterativeMagnitudePruning(SparseTraining):
         """Never in a round."""
         return False
 
-    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
-        """Group the weights that compete, with the sparsity of this round."""
-        return super().budgets(latents, replace(context, progress=context.rounds / (self.rounds.number - 1)))
+    def way(self, context: Context) -> float:
+        """How much of the way this round has gone."""
+        return self.schedule(context.rounds / (self.rounds.number - 1))
 
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
-        """Keep the largest of the weights that are left."""
-        left = [torch.where(latent.mask, latent.theta.abs(), -1.0) for latent in latents]
-        total = sum(latent.theta.numel() for latent in latents)
-        masks = functional.topk_masks(left, total - round((sparsity or 0.0) * total), signed=True)
-        return [{"mask": mask} for mask in masks]
+    def score(self, latent: Latent) -> Tensor:
+        """Magnitudes of the weights that are left, less than any of them for the others."""
+        return torch.where(latent.mask, latent.theta.abs(), -1.0)
 
     @property
     def target_reached(self) -> bool:

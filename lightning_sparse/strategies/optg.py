@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Common, SparseTraining
+from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -35,7 +34,7 @@ class OptG(SparseTraining):
         sparsity: Fraction of zeros among the targeted weights from the last epoch before ``end`` on, in ``[0, 1)``.
         end: When the ramp is over: int = epoch, float = fraction of training.
         beta: How steep the ramp is, per epoch, ``>= 0``.
-        **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
+        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -67,9 +66,10 @@ class OptG(SparseTraining):
     )
     exact_on_kept = True
     per_epoch = True
+    signed = True
 
     def __init__(
-        self, sparsity: float = 0.9, *, end: int | float = 1.0, beta: float = 1.0, **common: Unpack[Common]
+        self, sparsity: float = 0.9, *, end: int | float = 1.0, beta: float = 1.0, **common: Unpack[Budgeted]
     ) -> None:
         check_number("beta", beta, negative=False)
         super().__init__(sparsity, start=0, end=end, schedule="linear", gradient="masked", **common)
@@ -88,11 +88,11 @@ class OptG(SparseTraining):
         """The sigmoid of this epoch, in ``[0, 1]``."""
         return (1.0 + math.tanh(self.beta * (context.epoch - self._length(context) / 2) / 2)) / 2
 
-    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
-        """One budget for all layers, but for those that have their own."""
-        way = 1.0 if context.progress >= 1.0 or context.epoch + 1 >= self._length(context) else self.ramp(context)
-        first = context.epoch < 1 and context.progress < 1.0
-        return super().budgets(latents, replace(context, progress=0.0 if first else way))
+    def way(self, context: Context) -> float:
+        """Nothing in the first epoch, all of it in the last one, in between the sigmoid."""
+        if context.progress < 1.0 and context.epoch < 1:
+            return 0.0
+        return 1.0 if context.progress >= 1.0 or context.epoch + 1 >= self._length(context) else self.ramp(context)
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Keep the highest scores, the same ones throughout an epoch."""
@@ -101,8 +101,7 @@ class OptG(SparseTraining):
         scores = [latent.state["scores"].detach() for latent in latents]
         if not functional.count_nonzeros(scores).any():
             scores = [latent.theta.abs() for latent in latents]
-        size = sum(score.numel() for score in scores)
-        masks = functional.topk_masks(scores, size - round((sparsity or 0.0) * size), signed=True)
+        masks = functional.topk_masks(scores, self.afford(latents, scores, sparsity or 0.0), signed=True)
         return [{"mask": mask} for mask in masks]
 
     def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
