@@ -66,6 +66,8 @@ class LatentWeights:
             )
             self.latents[latent.name] = latent
             if restored is not None and latent.name in restored["latents"]:
+                if self.frozen:
+                    latent.state.clear()  # there is but a mask
                 latent.unpack(restored["latents"][latent.name])
             elif latent.name in previous and self._left_by(previous[latent.name], weight, context):
                 latent.unpack(previous[latent.name].pack(exact_on_kept=False))  # perhaps to another device or type
