@@ -2,6 +2,7 @@
 
 from lightning_sparse.functional.allocation import apportion, erdos_renyi
 from lightning_sparse.functional.budgets import affordable
+from lightning_sparse.functional.dropout import add_noise, log_alpha, noise_gradient, normal
 from lightning_sparse.functional.gradients import (
     anneal_gradient,
     backward_set,
@@ -10,6 +11,12 @@ from lightning_sparse.functional.gradients import (
 )
 from lightning_sparse.functional.measures import count_nonzeros, sparsity, sum_magnitudes
 from lightning_sparse.functional.powers import power_gradient, signed_power
+from lightning_sparse.functional.probabilities import (
+    budget_shift,
+    likeliest_masks,
+    relaxed_mask,
+    relaxed_mask_gradient,
+)
 from lightning_sparse.functional.projections import (
     channel_scale,
     exceeds,
@@ -26,12 +33,15 @@ from lightning_sparse.functional.selection import (
     order_statistics,
     topk_masks,
 )
+from lightning_sparse.functional.sinkhorn import soft_topk, soft_topk_gradient, soft_topk_pull, soft_topk_shift
 
 __all__ = [
+    "add_noise",
     "affordable",
     "anneal_gradient",
     "apportion",
     "backward_set",
+    "budget_shift",
     "channel_scale",
     "count_nonzeros",
     "draw",
@@ -41,13 +51,23 @@ __all__ = [
     "kth_largest",
     "lamp_scores",
     "largest_among",
+    "likeliest_masks",
+    "log_alpha",
     "magnitude_quantile",
     "mask_gradient",
+    "noise_gradient",
+    "normal",
     "order_statistics",
     "power_gradient",
+    "relaxed_mask",
+    "relaxed_mask_gradient",
     "rescaled_soft_threshold",
     "signed_power",
     "soft_threshold",
+    "soft_topk",
+    "soft_topk_gradient",
+    "soft_topk_pull",
+    "soft_topk_shift",
     "sparsity",
     "sum_magnitudes",
     "threshold_gradient",

@@ -11,6 +11,7 @@ from lightning_sparse.strategies.lats import LATS
 from lightning_sparse.strategies.mest import MEST
 from lightning_sparse.strategies.optg import OptG
 from lightning_sparse.strategies.powerprop import Powerpropagation
+from lightning_sparse.strategies.probmask import ProbMask
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
 from lightning_sparse.strategies.snfs import SNFS
@@ -33,6 +34,7 @@ __all__ = [
     "MEST",
     "OptG",
     "Powerpropagation",
+    "ProbMask",
     "RigL",
     "SET",
     "SNFS",

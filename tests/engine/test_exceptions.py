@@ -171,7 +171,7 @@ class Catching(Fragile):
 @pytest.mark.filterwarnings("ignore:`OptG` has pruned all")  # of a weight that has hardly heard a gradient
 @every_strategy
 def test_a_failed_step_that_the_user_catches_leaves_no_trace(setting):
-    model, callback, thresholds = Catching(), setting.build(), []
+    model, callback, thresholds = Catching(), setting.build(**setting.unheard), []
     latents = Latents(callback)
 
     class Thresholds(Callback):

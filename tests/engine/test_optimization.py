@@ -179,7 +179,7 @@ class Unused(Classifier):
 @pytest.mark.filterwarnings("ignore:`OptG` has pruned all")
 @every_strategy
 def test_weights_without_a_gradient_are_sparse_too(setting):
-    model, callback = Unused(), setting.build()
+    model, callback = Unused(), setting.build(**setting.unheard)
     untouched = model.never.weight.detach().clone()
     fit(model, Probe(callback), callback)
     assert "never.weight" in callback.targets

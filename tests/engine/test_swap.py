@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_sparse import ST3, AutoSparse, Powerpropagation, TopKAST, TopKGradientAnnealing
+from lightning_sparse import AutoSparse, Powerpropagation, ProbMask, TopKAST, TopKGradientAnnealing
 from tests.helpers.assertions import describe
 from tests.helpers.models import Classifier, Gan, ManualClassifier, Saver, fit
 from tests.helpers.probes import HOOKS, LateProbe, Probe, ProbedSGD
@@ -47,19 +47,25 @@ class Step(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         parameters = {name: pl_module.get_parameter(name) for name in self.sparse.targets}
         before = {
-            name: (self.sparse.latent(name).clone(), self.sparse.mask(name).clone(), parameter.grad.clone())
+            name: [
+                tensor.detach().clone()
+                for tensor in (self.sparse.latent(name), self.sparse.mask(name), parameter, parameter.grad)
+            ]
             for name, parameter in parameters.items()
         }
         optimizer.look = lambda: self.compare(parameters, before)
 
     def compare(self, parameters, before):
         self.steps += 1
-        for name, (theta, mask, grad) in before.items():
+        for name, (theta, mask, weight, grad) in before.items():
             assert torch.equal(parameters[name], theta)
             latent_grad = parameters[name].grad
             if isinstance(self.sparse, TopKAST):  # whose gradient is not that of the loss alone
                 movable = self.sparse.movable(self.sparse._find(name))
                 assert torch.equal(latent_grad != 0, movable)
+                continue
+            if isinstance(self.sparse, ProbMask) and not self.sparse._weights.frozen:  # w = mask theta
+                torch.testing.assert_close(latent_grad * theta, grad * weight)
                 continue
             if isinstance(self.sparse, Powerpropagation):
                 grad = grad * (self.sparse.power * theta.abs() ** (self.sparse.power - 1.0))
@@ -70,7 +76,7 @@ class Step(Callback):
             if isinstance(self.sparse, AutoSparse | TopKGradientAnnealing):
                 assert (latent_grad.abs() <= grad.abs()).all()
             else:
-                frozen = isinstance(self.sparse, ST3) and self.sparse.threshold(name) is None
+                frozen = self.sparse._weights.frozen
                 assert torch.equal(latent_grad, grad * mask if frozen or self.sparse.gradient == "masked" else grad)
 
 

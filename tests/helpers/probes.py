@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning_sparse import SparseTraining
 from tests.helpers.assertions import assert_sparse
 
+# Hooks while a batch is trained on, when the network may hold noise.
+_DURING = {"on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"}
 _BEFORE = {"setup", "on_fit_start", "on_sanity_check_start", "on_train_start"}  # the weights may still be the user's
 
 
@@ -24,7 +26,7 @@ class Probe(Callback):
 
     def look(self, hook: str, trainer: Any, model: Any) -> None:
         self.seen[hook] += 1
-        if hook not in _BEFORE and self.sparse.targets:
+        if hook not in _BEFORE and self.sparse.targets and not (self.sparse.stochastic and hook in _DURING):
             assert_sparse(model, self.sparse)
 
 
@@ -32,7 +34,7 @@ class LateProbe(Probe, Checkpoint):
     """The same behind the sparse-training callback, which goes before checkpoints only."""
 
     def look(self, hook: str, trainer: Any, model: Any) -> None:
-        if hook == "on_before_optimizer_step":
+        if hook == "on_before_optimizer_step" or (self.sparse.stochastic and hook == "on_train_batch_start"):
             self.seen[hook] += 1
         else:
             super().look(hook, trainer, model)

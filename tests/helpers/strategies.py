@@ -19,12 +19,14 @@ class Setting:
         kwargs: Its arguments; the ramp is over after half of the training.
         dense: Arguments with which it prunes nothing and passes the gradient on as it is.
         sparsity: Fraction of zeros that it ends with; None if that is an outcome.
+        unheard: Arguments with which weights that get no gradient live on.
     """
 
     method: type[SparseTraining]
     kwargs: dict[str, Any]
     dense: dict[str, Any] = field(default_factory=lambda: {"sparsity": 0.0})
     sparsity: float | None = None
+    unheard: dict[str, Any] = field(default_factory=dict)
 
     def build(self, **kwargs: Any) -> SparseTraining:
         return self.method(**{"verbose": False, **self.kwargs, **kwargs})
@@ -135,6 +137,12 @@ SETTINGS = {
     ),
     "OptG": Setting(ls.OptG, {"sparsity": 0.7, "end": 0.5, "beta": 2.0}, sparsity=0.7),
     "LATS": Setting(ls.LATS, {"threshold": 0.05}, {"threshold": 0.0}),
+    "ProbMask": Setting(
+        ls.ProbMask,
+        {"sparsity": 0.7, "start": 0.1, "end": 0.5, "freeze": 0.9, "score_lr": 0.05},
+        sparsity=0.7,
+        unheard={"distribution": "uniform"},  # else the probabilities of the others grow at the cost of theirs
+    ),
     "KeepMask": Setting(Pruned, {"zeros": 0.7}, {"zeros": 0.0}),
 }
 

@@ -1,0 +1,100 @@
+"""Methods whose masks are soft or noisy, as the equations have them, differentiated by autograd. Slow and plain."""
+
+import math
+
+import torch
+from torch import nn
+
+from tests.reference.training import Hard, ratio
+
+
+def likeliest(probabilities, thetas, k):
+    """Masks of the k largest probabilities, and among equal ones of the largest magnitudes, by sorting pairs."""
+    flat, sizes = torch.cat([p.flatten() for p in probabilities]), [p.numel() for p in probabilities]
+    pairs = list(zip(flat.tolist(), torch.cat([t.flatten() for t in thetas]).abs().tolist(), strict=True))
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i], reverse=True)
+    kept = torch.zeros(len(flat), dtype=torch.bool)
+    kept[order[:k]] = True
+    return [part.view_as(p) for part, p in zip(kept.split(sizes), probabilities, strict=True)]
+
+
+def project_onto_budget(probabilities, k):
+    """In place; the shift by bisection alone."""
+    low, high = 0.0, max(float(p.max()) for p in probabilities)
+    if sum(float(p.clamp(0, 1).sum()) for p in probabilities) > k:
+        for _ in range(200):
+            middle = (low + high) / 2
+            kept = sum(float((p - middle).clamp(0, 1).sum()) for p in probabilities)
+            low, high = (middle, high) if kept > k else (low, middle)
+    for p in probabilities:
+        p.copy_((p - low).clamp(0, 1))
+
+
+class Noise:
+    """Uniform numbers, from a seed per weight that changes with every step."""
+
+    def __init__(self, thetas, names, seed=0):
+        self.thetas, self.names, self.source = thetas, names, torch.Generator().manual_seed(seed)
+        self.shake()
+
+    def shake(self):
+        self.seeds = {name: int(torch.randint(1 << 62, (), generator=self.source)) for name in self.names}
+
+    def uniform(self, name):
+        generator = torch.Generator().manual_seed(self.seeds[name])
+        u = torch.rand(self.thetas[name].shape, generator=generator)
+        return u.clamp(2**-25, 1 - 2**-24).to(self.thetas[name].dtype)
+
+
+class ProbMask(Hard):
+    """A sigmoid of logit and noise, Adam for the probabilities, and their projection."""
+
+    def __init__(self, thetas, pools, *, start, end, freeze, score_lr):
+        super().__init__(thetas, pools, start=start, end=end)
+        self.freeze, self.score_lr, self.fixed, self.begun = freeze, score_lr, False, set()
+        self.p = {name: nn.Parameter(torch.ones_like(thetas[name].detach())) for name in self.names}
+        self.adam = torch.optim.Adam(self.p.values(), lr=score_lr)
+        self.noise = Noise(thetas, self.names)
+
+    def shown(self, name, theta):
+        if self.fixed or name not in self.begun:
+            return theta * self.masks[name]
+        p, u = self.p[name], self.noise.uniform(name)
+        noise = -torch.log(1 / u - 1)
+        temperature = 1 / ((1 - 0.03) * (1 - self.epoch / self.freeze) + 0.03)
+        logit = torch.log(p + 1e-20) - torch.log(1 - p + 1e-20)
+        return theta * torch.sigmoid((logit + noise) * temperature)
+
+    def before_step(self, host, epoch, batch, batches):
+        if not self.fixed:
+            self.adam.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * epoch / self.freeze)) * self.score_lr
+            self.adam.step()
+            self.adam.zero_grad()
+
+    def after_step(self, epoch, batch, batches):
+        super().after_step(epoch, batch, batches)
+        if self.fixed:
+            for name in self.names:
+                self.thetas[name].data.mul_(self.masks[name])
+            return
+        self.choose(ratio(epoch, batch, batches, self.start, self.end))
+        self.noise.shake()
+
+    @torch.no_grad()
+    def choose(self, share):
+        for names, sparsity in self.pools:
+            if sparsity * share == 0:
+                continue
+            self.begun.update(names)
+            probabilities, thetas = [self.p[name] for name in names], [self.thetas[name] for name in names]
+            size = sum(theta.numel() for theta in thetas)
+            k = size - round(sparsity * share * size)
+            project_onto_budget(probabilities, k)
+            self.masks.update(zip(names, likeliest(probabilities, thetas, k), strict=True))
+
+    def after_batch(self, epoch):
+        if epoch == self.freeze and not self.fixed:
+            self.choose(1.0)
+            self.fixed = True
+            for name in self.names:
+                self.thetas[name].data.mul_(self.masks[name])
