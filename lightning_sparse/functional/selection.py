@@ -183,12 +183,13 @@ def largest_among(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
     return topk_masks([like(among, scores)], k, signed=True)[0]
 
 
-def draw(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw a uniform number in ``[0, 1)`` for each entry of a tensor, the same however it is sharded.
+def draw(tensor: Tensor, generator: torch.Generator | None, *, normal: bool = False) -> Tensor:
+    """Draw a random number for each entry of a tensor, the same however it is sharded.
 
     Args:
         tensor: Any shape, sharded or not.
         generator: On the CPU, in the same state on every rank.
+        normal: Whether to draw from the standard normal distribution, else uniformly from ``[0, 1)``.
 
     Returns:
         Tensor like ``tensor``, float32.
@@ -197,7 +198,9 @@ def draw(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
         >>> draw(torch.zeros(2, 3), torch.Generator().manual_seed(0)).shape
         torch.Size([2, 3])
     """
-    return spread(torch.rand(tensor.shape, generator=generator).to(tensor.device), tensor)
+    sample = torch.randn if normal else torch.rand
+    numbers = sample(tensor.shape, generator=generator, dtype=torch.float32)
+    return spread(numbers.to(tensor.device), tensor)
 
 
 class _Pool:

@@ -290,3 +290,20 @@ def test_draws_are_uniform_numbers_of_the_generator(dtype):
     assert 0 <= first.min() < 0.01 < 0.99 < first.max() < 1
     assert not torch.equal(first, second)
     assert torch.equal(first, draw(torch.empty(50, 40), torch.Generator().manual_seed(3)))
+
+
+def test_draws_do_not_depend_on_the_default_dtype():
+    expected = [draw(torch.empty(9), torch.Generator().manual_seed(3), normal=normal) for normal in (False, True)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [draw(torch.empty(9), torch.Generator().manual_seed(3), normal=normal) for normal in (False, True)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found, expected, strict=True))
+
+
+def test_normal_draws_have_mean_zero_and_deviation_one():
+    numbers = draw(torch.empty(200, 300), torch.Generator().manual_seed(3), normal=True)
+    assert abs(float(numbers.mean())) < 0.02
+    assert abs(float(numbers.std()) - 1) < 0.02
+    assert 3.5 < float(numbers.abs().max()) < 6.0
