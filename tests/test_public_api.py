@@ -30,7 +30,7 @@ def strategy_classes() -> list[str]:
     files = sorted((PACKAGE / "strategies").glob("*.py"))
     nodes = (node for file in files for node in ast.parse(file.read_text("utf-8")).body)
     names = [node.name for node in nodes if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    return [name for name in names if name != "SparseToSparse"]  # a base, of no use by itself
+    return [name for name in names if name not in ("Exchange", "SparseToSparse")]  # bases, of no use by themselves
 
 
 def own_arguments(value: type | FunctionType) -> list[str]:

@@ -29,7 +29,8 @@ class Latent:
         cost: What one kept weight takes from the budget.
         grad: Dense gradient at the sparse weight, while the method selects and if it asks for that
             (``needs_gradient``).
-        slots: State of the optimizer for this weight, while the method selects.
+        stepped: Whether an optimizer has just stepped this weight, while the method selects.
+        slots: State of that optimizer for this weight, while the method selects.
         seed: Of the noise that the network sees until the next step, if the method has noise.
     """
 
@@ -41,6 +42,7 @@ class Latent:
     sparsity: float | None = None
     cost: int = 1
     grad: Tensor | None = None
+    stepped: bool = False
     slots: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 

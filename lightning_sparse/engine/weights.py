@@ -264,10 +264,10 @@ class LatentWeights:
             # What momentum has moved off the mask does not compete.
             self._project([latent for latent in latents if latent.dense is None], context)
             for latent in latents:
-                latent.slots = optimizer.state.get(latent.weight, {})
+                latent.stepped, latent.slots = True, optimizer.state.get(latent.weight, {})
             self._select(latents, context, optimizer)
             for latent in latents:
-                latent.grad, latent.slots = None, {}
+                latent.grad, latent.stepped, latent.slots = None, False, {}
             self._selected_last = context.progress >= 1.0
             self._stale = len(latents) < len(self.latents)
         self._project(latents, context)

@@ -10,12 +10,12 @@ from torch import Tensor
 from lightning_sparse import functional
 from lightning_sparse.engine.callback import Common
 from lightning_sparse.engine.latent import Context, Latent
-from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse, random_mask
+from lightning_sparse.strategies.exchange import Exchange
 
 __all__ = ["SNFS"]
 
 
-class SNFS(SparseToSparse):
+class SNFS(Exchange):
     r"""Sparse networks from scratch: the smallest weights make room for those with the largest momentum.
 
     .. math:: w = m \odot \theta, \qquad \frac{\partial L}{\partial \theta} = \frac{\partial L}{\partial w}
@@ -97,25 +97,8 @@ class SNFS(SparseToSparse):
         )
         self.gradient = "straight_through"
 
-    def budgets(self, latents: Sequence[Latent], context: Context) -> list[tuple[list[Latent], float | None]]:
-        """One budget for all layers, but for those that have their own."""
-        common = [latent for latent in latents if latent.sparsity is None]
-        own = super().budgets(latents, context)[len(common) :]
-        return [(common, self.final_sparsity), *own] if common else own
-
-    def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
-        """Draw the first masks; then let those layers exchange weights that this step has given a gradient."""
-        if all("mask" in latent.state for latent in latents):
-            heard = [latent for latent in latents if latent.grad is not None and self.is_due(context)]
-            masks = self._exchange(heard, context)
-            return [{"mask": masks.get(latent.name, latent.mask)} for latent in latents]
-        shares = [share or 0.0 for _, share in super().budgets(latents, context)]
-        return [
-            {"mask": latent.state["mask"] if "mask" in latent.state else random_mask(latent, share, context)}
-            for latent, share in zip(latents, shares, strict=True)
-        ]
-
-    def _exchange(self, latents: list[Latent], context: Context) -> dict[str, Tensor]:
+    def exchange(self, latents: Sequence[Latent], context: Context) -> list[dict[str, Tensor]]:
+        """Share out what is dropped in proportion to mean momentum, and grow where that is largest."""
         masks, momenta = [latent.mask for latent in latents], [latent.momentum for latent in latents]
         counts = functional.count_nonzeros(masks).tolist()
         sums = functional.sum_magnitudes(list(map(functional.hard_threshold, momenta, masks)))
@@ -130,7 +113,7 @@ class SNFS(SparseToSparse):
             room.append(latent.theta.numel() - stays)
         dropped = sum(counts) + sum(room) - sum(latent.theta.numel() for latent in latents)
         grown = functional.apportion(dropped, means, room)
-        return {
-            latent.name: mask | functional.largest_among(momentum.abs(), ~mask, number)
-            for latent, mask, momentum, number in zip(latents, kept, momenta, grown, strict=True)
-        }
+        return [
+            {"mask": mask | functional.largest_among(momentum.abs(), ~mask, number)}
+            for mask, momentum, number in zip(kept, momenta, grown, strict=True)
+        ]
