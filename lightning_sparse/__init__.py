@@ -7,6 +7,7 @@ from lightning_sparse.engine.checkpoint import SparseModelCheckpoint, consolidat
 from lightning_sparse.engine.tables import read_budgets
 from lightning_sparse.strategies import (
     ACDC,
+    DSR,
     GMP,
     LAMP,
     LATS,
@@ -33,6 +34,7 @@ from lightning_sparse.strategies import (
 __all__ = [
     "ACDC",
     "AutoSparse",
+    "DSR",
     "GMP",
     "GraNet",
     "IterativeMagnitudePruning",

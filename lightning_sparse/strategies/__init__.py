@@ -2,6 +2,7 @@
 
 from lightning_sparse.strategies.acdc import ACDC
 from lightning_sparse.strategies.autosparse import AutoSparse
+from lightning_sparse.strategies.dsr import DSR
 from lightning_sparse.strategies.gmp import GMP
 from lightning_sparse.strategies.granet import GraNet
 from lightning_sparse.strategies.imp import IterativeMagnitudePruning
@@ -25,6 +26,7 @@ from lightning_sparse.strategies.topkast import TopKAST
 __all__ = [
     "ACDC",
     "AutoSparse",
+    "DSR",
     "GMP",
     "GraNet",
     "IterativeMagnitudePruning",

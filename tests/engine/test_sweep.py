@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import ACDC, MEST, SNFS, ST3, STR, OptG, SparseTraining, ST3Sigma
+from lightning_sparse import ACDC, DSR, MEST, SNFS, ST3, STR, OptG, SparseTraining, ST3Sigma
 from lightning_sparse.functional import erdos_renyi
 from tests.helpers.assertions import assert_same, count_sparsity, describe, grows, project
 from tests.helpers.draw import configs, target_names
@@ -404,7 +404,7 @@ class Reckoner(Callback):
         return 0.0 if self.epoch < 1 else 1 / (1 + math.exp(-self.sparse.beta * (self.epoch - self.end / 2)))
 
     def compare(self, model, names, sparsity):
-        if isinstance(self.sparse, MEST | SNFS):  # whose budgets breathe, or move between layers
+        if isinstance(self.sparse, DSR | MEST | SNFS):  # whose budgets breathe, or move between layers
             return
         # Where weights come back from zero, the mask tells which are pruned.
         pruned = {

@@ -79,6 +79,9 @@ SETTINGS = {
     "SET": Setting(ls.SET, {"sparsity": 0.7, "update_every_n_steps": 2}, sparsity=0.7),
     "RigL": Setting(ls.RigL, {"sparsity": 0.7, "update_every_n_steps": 2, "distribution": "uniform"}, sparsity=0.7),
     "SNFS": Setting(ls.SNFS, {"sparsity": 0.7, "update_every_n_steps": 2, "end": 0.5}, sparsity=0.7),
+    "DSR": Setting(
+        ls.DSR, {"sparsity": 0.7, "update_every_n_steps": 2, "end": 0.75, "drop_threshold": 0.02}, sparsity=0.7
+    ),
     "GraNet": Setting(ls.GraNet, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
     "GraNet-sparse": Setting(
         ls.GraNet, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 3, "initial_sparsity": 0.5}, sparsity=0.7

@@ -1,0 +1,39 @@
+"""Methods that rewire at random, as the equations have them: one entry at a time, plain numbers."""
+
+import torch
+
+from tests.reference.sparse_to_sparse import SNFS, Masked, best
+
+
+class DSR(Masked):
+    """Drop what lies below H, grow as many at random in proportion to what is left in each layer, adapt H."""
+
+    reset = False
+
+    def __init__(self, thetas, sparsities, *, fraction=0.1, threshold=1e-3, **settings):
+        super().__init__(thetas, sparsities, **settings)
+        self.fraction, self.threshold_now = fraction, threshold
+
+    def update(self, progress):
+        if not 0 < progress < 1:
+            return
+        total = sum(int(mask.sum()) for mask in self.masks.values())
+        kept = {}
+        for name in self.names:
+            magnitudes, before = self.thetas[name].abs(), self.masks[name]
+            kept[name] = before & (magnitudes >= self.threshold_now)
+            if before.any() and not kept[name].any():
+                kept[name] = best(magnitudes, before, 1)
+        left = {name: int(mask.sum()) for name, mask in kept.items()}
+        dropped = total - sum(left.values())
+        grown = SNFS.share_out(dropped, left, {name: kept[name].numel() - left[name] for name in self.names})
+        for name in self.names:
+            luck = torch.rand(kept[name].shape, generator=self.generator) + (~self.masks[name]).float()
+            new = best(luck, ~kept[name], grown[name])
+            self.masks[name] = kept[name] | new
+            self.begin_anew(name, new)
+        self.events.append((self.step, self.threshold_now, dropped))
+        if dropped > 1.1 * self.fraction * total:
+            self.threshold_now /= 2
+        elif dropped < 0.9 * self.fraction * total:
+            self.threshold_now *= 2
