@@ -2,6 +2,7 @@
 
 from lightning_sparse.strategies.acdc import ACDC
 from lightning_sparse.strategies.autosparse import AutoSparse
+from lightning_sparse.strategies.deep_rewiring import DeepRewiring
 from lightning_sparse.strategies.dsr import DSR
 from lightning_sparse.strategies.gmp import GMP
 from lightning_sparse.strategies.granet import GraNet
@@ -27,6 +28,7 @@ __all__ = [
     "ACDC",
     "AutoSparse",
     "DSR",
+    "DeepRewiring",
     "GMP",
     "GraNet",
     "IterativeMagnitudePruning",

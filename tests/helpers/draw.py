@@ -83,6 +83,8 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
         "power": st.sampled_from([1.0, 1.5, 2.0]),
         "exploration_loss": st.sampled_from([0.0, 0.01]),
         "drop_threshold": st.sampled_from([0.0, 0.1, 100.0]),
+        "l1": st.sampled_from([0.0, 1.0]),
+        "noise": st.sampled_from([0.0, 1.0]),
         "beta": st.sampled_from([0.0, 0.5, 4.0]),
         "threshold": st.sampled_from([0.01, 0.2]),
         "zeros": st.sampled_from([0.1, 0.9]),

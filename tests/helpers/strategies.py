@@ -82,6 +82,7 @@ SETTINGS = {
     "DSR": Setting(
         ls.DSR, {"sparsity": 0.7, "update_every_n_steps": 2, "end": 0.75, "drop_threshold": 0.02}, sparsity=0.7
     ),
+    "DeepRewiring": Setting(ls.DeepRewiring, {"sparsity": 0.7, "end": 0.75, "l1": 0.1, "noise": 0.3}, sparsity=0.7),
     "GraNet": Setting(ls.GraNet, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 2}, sparsity=0.7),
     "GraNet-sparse": Setting(
         ls.GraNet, {"sparsity": 0.7, **_RAMP, "update_every_n_steps": 3, "initial_sparsity": 0.5}, sparsity=0.7
