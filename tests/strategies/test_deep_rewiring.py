@@ -17,8 +17,10 @@ HOTTER = {"l1": 0.03, "noise": 0.2}
 PLAIN = host(torch.optim.SGD, 0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", [PLAIN, *HOSTS.values()], ids=["plain", *HOSTS])
+@pytest.mark.parametrize(
+    ("host", "dtype"),
+    [(PLAIN, torch.float32), (PLAIN, torch.float64), ("nesterov", torch.float64), ("adamw", torch.float64)],
+)
 def test_training_equals_the_equations(host, dtype):
     twins = []
 
@@ -31,15 +33,13 @@ def test_training_equals_the_equations(host, dtype):
     assert sum(twins[0].cuts) > 20
 
 
-@pytest.mark.parametrize("settings", [{"l1": 0.0, "noise": 0.2}, {"l1": 0.03, "noise": 0.0}, {"l1": 0.0, "noise": 0.0}])
+@pytest.mark.parametrize("settings", [{"l1": 0.0, "noise": 0.2}, {"l1": 0.03, "noise": 0.0}])
 def test_without_noise_or_penalty(settings):
     assert_equal_training(
         DeepRewiring(0.6, end=11, **settings, verbose=False),
         lambda thetas: reference.DeepRewiring(thetas, EACH, end=11, **settings),
         host=PLAIN,
-        accumulate=3,
         clip=0.3,
-        epochs=30,
     )
 
 

@@ -8,15 +8,14 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_sparse import DSR
 from tests.helpers.models import Gan, Loader, make_trainer
-from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes, make_data
 from tests.helpers.spent import assert_spent
 from tests.reference import rewiring as reference
 
 EACH = dict.fromkeys(WEIGHTS, 0.6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_the_equations(host, dtype):
     twins = []
 

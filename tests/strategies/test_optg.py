@@ -1,13 +1,12 @@
 """OptG against autograd through a straight-through mask, with full sorts of the scores when an epoch begins."""
 
-import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from lightning_sparse import OptG
 from lightning_sparse.engine.latent import Context, Latent
 from tests.helpers.models import make_trainer
-from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, Net, assert_equal_training, make_data
+from tests.helpers.side_by_side import EPOCHS, HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes, make_data
 from tests.helpers.spent import assert_spent
 from tests.reference import scores as reference
 
@@ -18,8 +17,7 @@ def twin(epochs=EPOCHS, pools=((WEIGHTS, 0.7),), **settings):
     return lambda thetas: reference.OptG(thetas, pools, epochs=epochs, **settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_and_dtypes
 def test_training_equals_autograd(host, dtype):
     assert_equal_training(OptG(0.7, verbose=False), twin(), host=host, dtype=dtype)
 
