@@ -1,5 +1,6 @@
 """Deep Rewiring: connections with fixed signs, whose weights walk at random, die at zero and are born elsewhere."""
 
+from dataclasses import replace
 from typing import Literal, Unpack
 
 import torch
@@ -60,7 +61,12 @@ class DeepRewiring(SparseToSparse):
         1e-05
     """
 
-    paper = "Bellec et al., ICLR 2018, https://arxiv.org/abs/1711.05136"
+    card = replace(
+        SparseToSparse.card,
+        paper="Bellec et al., ICLR 2018, https://arxiv.org/abs/1711.05136",
+        criterion="those that have kept their signs; others make room for random ones",
+        gradient="gradient of the kept weights, with noise and an L1 penalty",
+    )
 
     def __init__(
         self,

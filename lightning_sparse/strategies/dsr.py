@@ -1,6 +1,7 @@
 """DSR: one adaptive threshold drops weights, the layers that lose least get most of them back."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Unpack
 
 import torch
@@ -58,7 +59,11 @@ class DSR(Exchange):
         0.1
     """
 
-    paper = "Mostafa and Wang, ICML 2019, https://arxiv.org/abs/1902.05967"
+    card = replace(
+        Exchange.card,
+        paper="Mostafa and Wang, ICML 2019, https://arxiv.org/abs/1902.05967",
+        criterion="those below one adaptive threshold make room for random ones, where most are left",
+    )
 
     def __init__(
         self,

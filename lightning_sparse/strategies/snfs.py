@@ -60,7 +60,7 @@ class SNFS(Exchange):
     """
 
     card = replace(
-        SparseToSparse.card,
+        Exchange.card,
         paper="Dettmers and Zettlemoyer, 2019, https://arxiv.org/abs/1907.04840",
         criterion="the smallest make room for those with the largest momentum, in the layers that have most of it",
         gradient="gradient of the kept weights; the momentum hears all",
