@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_sparse import DeepRewiring
+from lightning_sparse.engine.latent import Context, Latent
 from tests.helpers.models import make_trainer
 from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, host, make_data
 from tests.helpers.spent import assert_spent
@@ -73,6 +74,17 @@ def test_signs_are_those_of_the_initial_weights_and_each_layer_keeps_its_number_
     assert made > 100
     once_zero = {float(s) for row in watch.rows for s in row["head.weight"][1][:, ::2].sign().unique()}
     assert once_zero == {-1.0, 0.0, 1.0}  # signs have been drawn
+
+
+def test_a_connection_at_zero_stays_and_one_beyond_it_is_cut():
+    weight = torch.tensor([[0.0, -0.1, 0.1], [0.0, -0.1, 0.1]])
+    state = {"mask": torch.ones(2, 3, dtype=torch.bool), "positive": torch.tensor([[True] * 3, [False] * 3])}
+    state["mask"][0, 0] = False
+    latent, now = Latent("w", "w", weight, None, state), Context(1, 0, 2, 0.5, generator=torch.Generator())
+    selection = DeepRewiring(0.5).drop_and_grow(latent, 0.0, now)
+    assert not (selection["grown"] & torch.tensor([[False, False, True], [True, True, False]])).any()
+    assert selection["mask"].sum() == 5
+    assert (selection["mask"] | torch.tensor([[True, True, False], [False, False, True]])).all()
 
 
 def test_noise_and_penalty_by_hand():
