@@ -1,16 +1,20 @@
 """Who shares a budget, how much of it is due, and how no layer gets too little."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_sparse import functional
 from lightning_sparse.engine.hooks import TrainingHooks
 from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.engine.targets import Target
 from lightning_sparse.engine.units import Budget
 
 __all__ = ["BudgetedTraining"]
@@ -28,6 +32,7 @@ class BudgetedTraining(TrainingHooks):
     distribution: str
     schedule: Callable[[float], float]
     unit: Budget | None
+    pattern: functional.Pattern | None
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Choose what lives among weights that share a budget."""
@@ -43,8 +48,56 @@ class BudgetedTraining(TrainingHooks):
             raise ValueError(f"Expected one argument for the budget, but got {also}. Keep one of them.")
         return Budget(*next(iter(given.items())))
 
+    def _check_pattern(
+        self,
+        pattern: functional.Pattern,
+        sparsity: float | None,
+        projection: str,
+        distribution: str,
+        overrides: Mapping[str, Mapping[str, float] | None] | None,
+    ) -> float | None:
+        """The sparsity that a pattern leaves to the method, or sets."""
+        if projection != "hard":
+            raise ValueError(
+                f"Expected argument `pattern` to be 'unstructured' where thresholds are soft, but got {pattern.name!r}."
+            )
+        if pattern.sparsity is None:
+            return sparsity
+        parameter = inspect.signature(type(self)).parameters.get("sparsity")
+        own = [settings for settings in (overrides or {}).values() if settings is not None]
+        explicit = sparsity is not None and (parameter is None or sparsity != parameter.default)
+        if self.unit is not None or own or (explicit and sparsity != pattern.sparsity):
+            raise ValueError(
+                f"Expected no other budget beside the pattern {pattern.name!r}, whose sparsity is"
+                f" {pattern.sparsity:g}, but got {self.unit or own or sparsity}. Leave that out."
+            )
+        if distribution not in ("global", "uniform"):
+            raise ValueError(
+                f"Expected argument `distribution` to be 'global' or 'uniform' with the pattern {pattern.name!r}, which"
+                f" all layers end with, but got {distribution!r}."
+            )
+        return pattern.sparsity
+
+    def _verdicts(self, module: pl.LightningModule) -> list[Target]:
+        return [self._fit(verdict, module) for verdict in super()._verdicts(module)]
+
+    def _fit(self, verdict: Target, module: pl.LightningModule) -> Target:
+        """Leave a weight dense that does not divide into groups, and say why."""
+        if self.pattern is None or not verdict.treated:
+            return verdict
+        layer, shape = module.get_submodule(verdict.path.rpartition(".")[0]), tuple(verdict.parameter.shape)
+        if isinstance(layer, _ConvTransposeNd) or "Conv1D" in {cls.__name__ for cls in type(layer).__mro__}:
+            reason = f"{type(layer).__name__} has its inputs first, which {self.pattern.name} does not serve"
+        elif not self.pattern.fits(shape):
+            reason = f"{'×'.join(map(str, shape))} does not divide into {self.pattern.name}"
+        else:
+            return verdict
+        return dataclasses.replace(verdict, treated=False, reason=reason)
+
     def appraise(self, latents: Sequence[Latent]) -> None:
         """Find what weights cost, and from that the fraction of the costs to remove, if the budget is no sparsity."""
+        for latent in latents:
+            latent.group = 1 if self.pattern is None else self.pattern.group(latent.weight.shape)
         module = self._module_now()
         if self.unit is not None and module is not None:
             if self.unit.name == "flops":
@@ -122,7 +175,8 @@ class BudgetedTraining(TrainingHooks):
         wanted, costs = self._targeted(_cost), [latent.cost for latent in self._bound().values()]
         if wanted is None:
             return True
-        slack = max(costs) * (1 if self.distribution == "global" else len(costs))
+        largest = max(latent.cost * latent.group for latent in self._weights.latents.values())
+        slack = largest * (1 if self.distribution == "global" else len(costs))
         kept = sum(cost * count for cost, count in zip(costs, self._count(), strict=True))
         allowed = (1.0 - wanted) * sum(map(_cost, self._weights.latents.values()))
         return self._context().progress >= 1.0 and kept <= allowed + slack + 1e-6
@@ -158,7 +212,7 @@ def _cost(latent: Latent) -> int:
 
 def least(latent: Latent, minimum_density: float) -> int:
     """How many weights of a layer are kept at least."""
-    return math.ceil(minimum_density * latent.weight.numel())
+    return math.ceil(minimum_density * latent.weight.numel() / latent.group) * latent.group
 
 
 def _count_kept(latent: Latent, selection: Mapping[str, Tensor]) -> int:

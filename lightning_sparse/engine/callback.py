@@ -1,12 +1,13 @@
 """The callback that trains a sparse model, and what a method is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
+from lightning_sparse.engine.arguments import Budgeted, Common, Patterned
 from lightning_sparse.engine.budgets import BudgetedTraining
 from lightning_sparse.engine.checks import (
     check_choice,
@@ -23,51 +24,7 @@ from lightning_sparse.engine.weights import LatentWeights
 from lightning_sparse.reports import Report
 from lightning_sparse.schedules import SCHEDULES
 
-__all__ = ["Budgeted", "Common", "SparseTraining"]
-
-
-class Common(TypedDict, total=False):
-    """What all strategies take; for the defaults see :class:`SparseTraining`.
-
-    Args:
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own, where the method has a budget) or None (stay
-            dense).
-        log_layers: Also log sparsity and threshold of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
-    """
-
-    targets: list[str] | None
-    ignore: list[str] | None
-    overrides: dict[str, dict[str, float] | None] | None
-    log_layers: bool
-    verbose: bool
-
-
-class Budgeted(Common, total=False):
-    """What strategies with a budget take besides; for the defaults see :class:`SparseTraining`.
-
-    One of ``flops``, ``parameters`` and ``bytes`` may take the place of ``sparsity``. They limit the whole model,
-    weights that are not targeted included.
-
-    Args:
-        flops: Fraction of the dense inference FLOPs that may remain, in ``(0, 1]``. The LightningModule needs an
-            ``example_input_array``.
-        parameters: Number of parameters that may remain.
-        bytes: Size of the stored model: a bit for each targeted weight, the kept ones, and all else.
-        minimum_density: Fraction of each layer that is kept at least, in ``[0, 1)``; the others make up for it.
-        targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
-        ignore: Patterns of weights to leave dense.
-        overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
-        verbose: Print a table of the targets before training and a summary after it.
-    """
-
-    flops: float | None
-    parameters: int | None
-    bytes: int | None
-    minimum_density: float
+__all__ = ["Budgeted", "Common", "Patterned", "SparseTraining"]
 
 
 class SparseTraining(BudgetedTraining):
@@ -101,6 +58,10 @@ class SparseTraining(BudgetedTraining):
         parameters: In place of ``sparsity``, the number of parameters of the model that may remain.
         bytes: In place of ``sparsity``, the size of the stored model, see :class:`Budgeted`.
         minimum_density: Fraction of each layer that is kept at least, in ``[0, 1)``; the others make up for it.
+        pattern: Which weights live or die together, where the projection is ``"hard"``: ``"unstructured"`` (none),
+            ``"n:m"``, ``"block:AxB"`` or ``"channel"``, see :func:`~lightning_sparse.functional.parse_pattern`. Groups
+            compete by their mean magnitude. With ``"n:m"`` weights compete until each m inputs have n left, so that the
+            final sparsity is 1 - n/m. Weights that do not divide stay dense.
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
@@ -174,6 +135,7 @@ class SparseTraining(BudgetedTraining):
         parameters: int | None = None,
         bytes: int | None = None,
         minimum_density: float = 0.0,
+        pattern: str = "unstructured",
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         overrides: dict[str, dict[str, float] | None] | None = None,
@@ -199,6 +161,9 @@ class SparseTraining(BudgetedTraining):
         check_patterns("targets", targets)
         check_patterns("ignore", ignore)
         check_overrides(overrides, budget=sparsity is not None or self.unit is not None)
+        self.pattern = None if pattern == "unstructured" else functional.parse_pattern(pattern)
+        if self.pattern is not None:
+            sparsity = self._check_pattern(self.pattern, sparsity, projection, distribution, overrides)
         self.final_sparsity, self.initial_sparsity = None if self.unit else sparsity, initial_sparsity
         self.minimum_density, self.goal = minimum_density, str(self.unit or sparsity)
         self.start, self.end, self.freeze = start, end, freeze
@@ -250,6 +215,11 @@ class SparseTraining(BudgetedTraining):
         """
         scores, scales = [self.score(latent) for latent in latents], [self.scale(latent) for latent in latents]
         scaled = () if set(scales) == {1.0} else scales
+        if self.pattern is not None:
+            groups = [functional.group_scores(score, self.pattern) for score in scores]
+            masks = functional.topk_masks(groups, self.afford(latents, groups, sparsity or 0.0))
+            pairs = zip(masks, latents, strict=True)
+            return [{"mask": functional.spread_groups(mask, latent.theta, self.pattern)} for mask, latent in pairs]
         kept = self.afford(latents, scores, sparsity or 0.0, scaled)
         if self.projection == "hard":
             return [{"mask": mask} for mask in functional.topk_masks(scores, kept, signed=self.signed)]
@@ -267,12 +237,13 @@ class SparseTraining(BudgetedTraining):
         self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float] = ()
     ) -> int:
         """How many of the largest scores may be kept, to give up a fraction of what all weights cost."""
-        if len({latent.cost for latent in latents}) == 1:
+        costs = [latent.cost * latent.group for latent in latents]
+        if len(set(costs)) == 1 and (self.unit is None or costs[0] == 1):
             total = sum(score.numel() for score in scores)
             return total - round(sparsity * total)
-        costs = [latent.cost for latent in latents]
         total = sum(cost * score.numel() for cost, score in zip(costs, scores, strict=True))
-        return functional.affordable(scores, costs, round((1.0 - sparsity) * total), signed=self.signed, scales=scales)
+        budget = round((1.0 - sparsity) * total)
+        return functional.affordable(scores, costs, budget, signed=self.signed, scales=scales)
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Write into ``out`` what the network sees of a weight that has a latent tensor.

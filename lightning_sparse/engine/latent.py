@@ -27,6 +27,7 @@ class Latent:
             exceeds it), and whatever the method declares. Those that require grad are learned from their ``.grad``.
         sparsity: Own budget, if it does not share the common one.
         cost: What one kept weight takes from the budget.
+        group: How many weights live or die together.
         grad: Dense gradient at the sparse weight, while the method selects and if it asks for that
             (``needs_gradient``).
         stepped: Whether an optimizer has just stepped this weight, while the method selects.
@@ -41,6 +42,7 @@ class Latent:
     state: dict[str, Tensor] = field(default_factory=dict)
     sparsity: float | None = None
     cost: int = 1
+    group: int = 1
     grad: Tensor | None = None
     stepped: bool = False
     slots: Mapping[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from lightning_sparse.functional.gradients import (
     threshold_gradient,
 )
 from lightning_sparse.functional.measures import count_nonzeros, sparsity, sum_magnitudes
+from lightning_sparse.functional.patterns import Pattern, group_scores, parse_pattern, spread_groups
 from lightning_sparse.functional.powers import power_gradient, signed_power
 from lightning_sparse.functional.probabilities import (
     budget_shift,
@@ -36,6 +37,7 @@ from lightning_sparse.functional.selection import (
 from lightning_sparse.functional.sinkhorn import soft_topk, soft_topk_gradient, soft_topk_pull, soft_topk_shift
 
 __all__ = [
+    "Pattern",
     "add_noise",
     "affordable",
     "anneal_gradient",
@@ -47,6 +49,7 @@ __all__ = [
     "draw",
     "erdos_renyi",
     "exceeds",
+    "group_scores",
     "hard_threshold",
     "kth_largest",
     "lamp_scores",
@@ -58,6 +61,7 @@ __all__ = [
     "noise_gradient",
     "normal",
     "order_statistics",
+    "parse_pattern",
     "power_gradient",
     "relaxed_mask",
     "relaxed_mask_gradient",
@@ -69,6 +73,7 @@ __all__ = [
     "soft_topk_pull",
     "soft_topk_shift",
     "sparsity",
+    "spread_groups",
     "sum_magnitudes",
     "threshold_gradient",
     "topk_masks",

@@ -6,7 +6,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 from lightning_sparse.engine.checks import check_moment
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -32,7 +32,7 @@ class ACDC(SparseTraining):
         distribution: Whether all weights compete (``"global"``) or each has the same sparsity (``"uniform"``).
         reset_optimizer_state: Whether the optimizer forgets what it knows of the targeted weights as a sparse phase
             ends.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -73,7 +73,7 @@ class ACDC(SparseTraining):
         dense_phase: int | float = 0.05,
         distribution: Literal["global", "uniform"] = "global",
         reset_optimizer_state: bool = True,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         for name, phase in (("sparse_phase", sparse_phase), ("dense_phase", dense_phase)):
             check_moment(name, phase)

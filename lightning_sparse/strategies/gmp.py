@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal, Unpack
 
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 
 __all__ = ["GMP"]
 
@@ -26,7 +26,7 @@ class GMP(SparseTraining):
         distribution: ``"uniform"``, the same sparsity in each layer, as in the paper, or another split, see
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         update_every_n_steps: Optimizer steps between new masks; 100 to 1000 in the paper.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -60,7 +60,7 @@ class GMP(SparseTraining):
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "uniform",
         update_every_n_steps: int = 100,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         super().__init__(
             sparsity,

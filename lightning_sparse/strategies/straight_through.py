@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal, Unpack
 
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 
 __all__ = ["StraightThroughMagnitude"]
 
@@ -28,7 +28,7 @@ class StraightThroughMagnitude(SparseTraining):
             competing by the scale of initialisation (``"global"``) can empty a layer.
         freeze: After which moment the mask stays as it is and only the kept weights train; None for never.
         update_every_n_steps: Optimizer steps between new masks; 1 in the papers.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -66,7 +66,7 @@ class StraightThroughMagnitude(SparseTraining):
         distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "uniform",
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         super().__init__(
             sparsity,

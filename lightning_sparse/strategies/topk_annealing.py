@@ -6,7 +6,7 @@ from typing import Literal, Unpack
 from torch import Tensor
 
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.annealing import anneal, annealed_alpha, annealed_density, check_annealing
 
@@ -35,7 +35,7 @@ class TopKGradientAnnealing(SparseTraining):
         backward_sparsity: Fraction of each layer's weights that get no gradient at all, in ``[0, 1)``: the smallest
             ones, as far as they are pruned. None for none.
         update_every_n_steps: Optimizer steps between new masks.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -72,7 +72,7 @@ class TopKGradientAnnealing(SparseTraining):
         alpha_reset: int | float | None = 0.9,
         backward_sparsity: float | None = None,
         update_every_n_steps: int = 1,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         check_annealing(alpha, alpha_reset, backward_sparsity)
         super().__init__(

@@ -81,6 +81,12 @@ def check_single(tensor, parts):
     for k in range(0, int(candidates.sum()) + 1, 5):
         among = functional.largest_among(parts.abs(), functional.exceeds(parts, 0.3), k)
         assert_same(whole(among), functional.largest_among(tensor.abs(), candidates, k))
+    pattern = functional.parse_pattern("channel")
+    scores = functional.group_scores(parts, pattern) if tensor.ndim else tensor
+    assert_same(scores, functional.group_scores(tensor, pattern) if tensor.ndim else tensor)
+    groups = functional.spread_groups(scores > 0.3, parts, pattern)
+    assert is_sharded(groups) == is_sharded(parts)
+    assert_same(whole(groups), functional.spread_groups(scores > 0.3, tensor, pattern))
     seed = torch.Generator().manual_seed
     assert_same(whole(functional.draw(parts, seed(1))), functional.draw(tensor, seed(1)))
     totals = functional.sum_magnitudes([parts]), functional.sum_magnitudes([tensor])

@@ -1,5 +1,6 @@
 """Slow twins of `lightning_sparse.functional`: plain Python numbers, one element at a time, from the equations."""
 
+import itertools
 import math
 
 import torch
@@ -80,3 +81,38 @@ def gradient_annealing_decay(progress):
     cosine = (1 + math.cos(math.pi * progress)) / 2
     sigmoid = 1 - 1 / (1 + math.exp(-(-6 + (6 - -6) * progress)))
     return max(cosine, sigmoid)
+
+
+def groups(shape, pattern):
+    """Per group the positions of its members, from the definition."""
+    found = {}
+    for where in itertools.product(*map(range, shape)):
+        if pattern == "channel":
+            key = where[:1]
+        elif pattern.startswith("block"):
+            a, b = map(int, pattern.removeprefix("block:").split("x"))
+            key = (where[0] // a, where[1] // b, *where[2:])
+        else:
+            key = (where[0], where[1] // int(pattern.split(":")[1]), *where[2:])
+        found.setdefault(key, []).append(where)
+    return found
+
+
+def patterned_masks(tensors, k, pattern):
+    """Rank groups by their mean magnitude, earlier ones first among equals, or weights with the n largest in front."""
+    entries = []
+    for which, tensor in enumerate(tensors):
+        for key, members in groups(tensor.shape, pattern).items():
+            sizes = [abs(float(tensor[where].detach())) for where in members]
+            if ":" not in pattern or pattern.startswith("block"):
+                entries.append((-sum(sizes) / len(sizes), which, key, members))
+                continue
+            order = sorted(range(len(members)), key=lambda i: -sizes[i])
+            for rank, i in enumerate(order):
+                ahead = rank < int(pattern.split(":")[0])
+                entries.append((-math.inf if ahead else -sizes[i], which, members[i], [members[i]]))
+    masks = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in tensors]
+    for _, which, _, members in sorted(entries, key=lambda entry: entry[:3])[:k]:
+        for where in members:
+            masks[which][where] = True
+    return masks

@@ -1,0 +1,127 @@
+"""Weights that live or die in groups, and groups of which some weights live."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional.sharding import spread, whole
+
+__all__ = ["Pattern", "group_scores", "parse_pattern", "spread_groups"]
+
+
+class Pattern(NamedTuple):
+    """Which weights belong together, see :func:`parse_pattern`."""
+
+    name: str
+    numbers: tuple[int, int]
+
+    @property
+    def within(self) -> bool:
+        """Whether weights compete within their group."""
+        return self.name[:1].isdigit()
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of zeros that the pattern itself asks for, if it does."""
+        kept, of = self.numbers
+        return 1.0 - kept / of if self.within else None
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape divides into groups."""
+        outputs, inputs = self.numbers
+        if self.name == "channel":
+            return True
+        return len(shape) > 1 and shape[1] % inputs == 0 and (self.within or shape[0] % outputs == 0)
+
+    def group(self, shape: Sequence[int]) -> int:
+        """How many weights live or die together in a weight of this shape."""
+        return 1 if self.within else math.prod(shape[1:]) if self.name == "channel" else math.prod(self.numbers)
+
+    def split(self, theta: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """A weight in which some dimensions run over the members of a group."""
+        a, b = self.numbers
+        if self.name == "channel":
+            return theta.unsqueeze(1), tuple(range(1, theta.ndim + 1))
+        outputs, inputs, *kernel = theta.shape
+        if self.within:
+            return theta.reshape(outputs, inputs // b, b, *kernel), (2,)
+        return theta.reshape(outputs // a, a, inputs // b, b, *kernel), (1, 3)
+
+
+def parse_pattern(name: str) -> Pattern:
+    """Read a pattern off its name. Dimension 0 of a weight counts its outputs, dimension 1 its inputs.
+
+    Args:
+        name: ``"n:m"`` (n of m consecutive inputs live), ``"block:AxB"`` (A outputs times B inputs live or die
+            together) or ``"channel"`` (all weights of an output do).
+
+    Raises:
+        ValueError: If the name is none of these.
+
+    Example:
+        >>> parse_pattern("2:4").sparsity, parse_pattern("block:4x1").fits((8, 3))
+        (0.5, True)
+    """
+    block = name.startswith("block:")
+    first, _, second = name.removeprefix("block:").partition("x" if block else ":")
+    if name == "channel":
+        return Pattern(name, (0, 0))
+    if first.isdecimal() and second.isdecimal():
+        a, b = int(first), int(second)
+        if min(a, b) > 0 and (block or a < b):
+            return Pattern(name, (a, b))
+    raise ValueError(
+        "Expected argument `pattern` to be 'unstructured', 'n:m' with n < m, 'block:AxB' or 'channel', but got"
+        f" {name!r}."
+    )
+
+
+def group_scores(theta: Tensor, pattern: Pattern) -> Tensor:
+    r"""By what groups compete: the mean magnitude of their weights, so that groups of any size compare.
+
+    Where weights compete within their group, those that stay whatever happens have an infinite score.
+
+    Args:
+        theta: Weights, shape ``(out, in, *)``; sharded ones are gathered on every rank, all of which must enter.
+        pattern: The groups.
+
+    Returns:
+        One score per group (per weight for ``"n:m"``), any shape, not sharded.
+
+    Example:
+        >>> theta = torch.tensor([[1.0, -3.0, 2.0, 0.0]])
+        >>> group_scores(theta, parse_pattern("block:1x2")), group_scores(theta, parse_pattern("2:4"))
+        (tensor([[2., 1.]]), tensor([[1., inf, inf, 0.]]))
+    """
+    magnitudes, members = pattern.split(whole(theta.detach()).abs())
+    if not pattern.within:
+        return magnitudes.mean(members)
+    (dim,), (kept, _) = members, pattern.numbers
+    order = magnitudes.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, kept)
+    return magnitudes.scatter(dim, order, math.inf).view(theta.shape)
+
+
+def spread_groups(values: Tensor, theta: Tensor, pattern: Pattern) -> Tensor:
+    """Give each weight the value of its group.
+
+    Args:
+        values: One per group, laid out like :func:`group_scores`.
+        theta: The weights.
+        pattern: The groups.
+
+    Returns:
+        Tensor of the shape of ``theta``, sharded like it.
+
+    Example:
+        >>> spread_groups(torch.tensor([[True, False]]), torch.zeros(1, 4), parse_pattern("block:1x2"))
+        tensor([[ True,  True, False, False]])
+    """
+    if pattern.within:
+        return spread(values, theta)
+    like, members = pattern.split(torch.empty(theta.shape, device="meta"))
+    for dim in members:
+        values = values.unsqueeze(dim)
+    return spread(values.expand(like.shape).reshape(theta.shape), theta)
