@@ -10,7 +10,13 @@ from lightning_sparse.functional.gradients import (
     threshold_gradient,
 )
 from lightning_sparse.functional.measures import count_nonzeros, sparsity, sum_magnitudes
-from lightning_sparse.functional.patterns import Pattern, group_scores, parse_pattern, spread_groups
+from lightning_sparse.functional.patterns import (
+    Pattern,
+    group_scores,
+    group_soft_threshold,
+    parse_pattern,
+    spread_groups,
+)
 from lightning_sparse.functional.powers import power_gradient, signed_power
 from lightning_sparse.functional.probabilities import (
     budget_shift,
@@ -50,6 +56,7 @@ __all__ = [
     "erdos_renyi",
     "exceeds",
     "group_scores",
+    "group_soft_threshold",
     "hard_threshold",
     "kth_largest",
     "lamp_scores",

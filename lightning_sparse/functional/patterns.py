@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.sharding import spread, whole
+from lightning_sparse.functional.sharding import local, spread, whole
 
-__all__ = ["Pattern", "group_scores", "parse_pattern", "spread_groups"]
+__all__ = ["Pattern", "group_scores", "group_soft_threshold", "parse_pattern", "spread_groups"]
 
 
 class Pattern(NamedTuple):
@@ -71,10 +71,10 @@ def parse_pattern(name: str) -> Pattern:
         return Pattern(name, (0, 0))
     if first.isdecimal() and second.isdecimal():
         a, b = int(first), int(second)
-        if min(a, b) > 0 and (block or a < b):
+        if min(a, b) > 0 and (block or a <= b):
             return Pattern(name, (a, b))
     raise ValueError(
-        "Expected argument `pattern` to be 'unstructured', 'n:m' with n < m, 'block:AxB' or 'channel', but got"
+        "Expected argument `pattern` to be 'unstructured', 'n:m' with n <= m, 'block:AxB' or 'channel', but got"
         f" {name!r}."
     )
 
@@ -125,3 +125,38 @@ def spread_groups(values: Tensor, theta: Tensor, pattern: Pattern) -> Tensor:
     for dim in members:
         values = values.unsqueeze(dim)
     return spread(values.expand(like.shape).reshape(theta.shape), theta)
+
+
+def group_soft_threshold(theta: Tensor, pattern: Pattern, *, out: Tensor | None = None) -> Tensor:
+    r"""Shrink every magnitude by the largest of those that have to go in its group, to zero at least.
+
+    .. math:: w = \operatorname{sign}(\theta) \max(|\theta| - \tau, 0)
+
+    with :math:`\tau` the (m - n)-th smallest magnitude of the group, so that at most n of m are left; of equal ones all
+    may go.
+
+    Args:
+        theta: Weights, shape ``(out, in, *)``; sharded ones are gathered on every rank, all of which must enter.
+        pattern: ``"n:m"``.
+        out: Where to write the result; must not share memory with ``theta``.
+
+    Returns:
+        Tensor like ``theta``.
+
+    References:
+        Hu et al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", NeurIPS 2024,
+        https://arxiv.org/abs/2409.09099.
+
+    Example:
+        >>> group_soft_threshold(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), parse_pattern("2:4"))
+        tensor([[ 0., -2.,  1.,  0.]])
+    """
+    out = torch.empty_like(theta) if out is None else out
+    kept, of = pattern.numbers
+    magnitudes, (dim,) = pattern.split(whole(theta.detach()).abs())
+    if kept == of:
+        return out.copy_(theta)
+    bound = magnitudes.kthvalue(of - kept, dim, keepdim=True).values.expand_as(magnitudes).reshape(theta.shape)
+    bound = local(spread(bound, theta))
+    torch.sub(local(theta), torch.clamp(local(theta), -bound, bound), out=local(out))
+    return out

@@ -17,6 +17,7 @@ from lightning_sparse.strategies.probmask import ProbMask
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
 from lightning_sparse.strategies.snfs import SNFS
+from lightning_sparse.strategies.sste import SSTE
 from lightning_sparse.strategies.st3 import ST3, ST3Sigma
 from lightning_sparse.strategies.static import StaticSparsity
 from lightning_sparse.strategies.str import STR
@@ -42,6 +43,7 @@ __all__ = [
     "RigL",
     "SET",
     "SNFS",
+    "SSTE",
     "ST3",
     "ST3Sigma",
     "STR",

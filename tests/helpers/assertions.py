@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse import ACDC, MEST, GraNet, SparseTraining
-from lightning_sparse.functional import channel_scale, soft_threshold
+from lightning_sparse import ACDC, MEST, SSTE, GraNet, SparseTraining
+from lightning_sparse.functional import channel_scale, group_soft_threshold, soft_threshold
 from lightning_sparse.functional.sharding import is_sharded, whole
 from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse
 
@@ -62,6 +62,8 @@ def pruned(callback: SparseTraining) -> float:
 def project(callback: SparseTraining, name: str) -> Tensor:
     """What the network sees of a weight, from what the callback tells about it."""
     theta, threshold = whole(callback.latent(name)), callback.threshold(name)
+    if isinstance(callback, SSTE):
+        return group_soft_threshold(theta, callback.pattern) * callback._find(name).state["scale"]
     if threshold is None:
         weight = torch.where(whole(callback.mask(name)), theta, 0.0)
         return weight.sign() * weight.abs() ** getattr(callback, "power", 1.0)

@@ -140,6 +140,7 @@ SETTINGS = {
         ls.ACDC, {"sparsity": 0.7, "start": 0.1, "end": 0.7, "sparse_phase": 0.2, "dense_phase": 0.1}, sparsity=0.7
     ),
     "OptG": Setting(ls.OptG, {"sparsity": 0.7, "end": 0.5, "beta": 2.0}, sparsity=0.7),
+    "SSTE": Setting(ls.SSTE, {"pattern": "1:3"}, {"pattern": "1:1"}, sparsity=2 / 3),
     "LATS": Setting(ls.LATS, {"threshold": 0.05}, {"threshold": 0.0}),
     "ProbMask": Setting(
         ls.ProbMask,
