@@ -238,7 +238,8 @@ class SparseTraining(BudgetedTraining):
     ) -> int:
         """How many of the largest scores may be kept, to give up a fraction of what all weights cost."""
         costs = [latent.cost * latent.group for latent in latents]
-        if len(set(costs)) == 1 and (self.unit is None or costs[0] == 1):
+        # A budget in another unit is never exceeded, be it by half of a group.
+        if len(set(costs)) == 1 and (self.unit is None or self.pattern is None):
             total = sum(score.numel() for score in scores)
             return total - round(sparsity * total)
         total = sum(cost * score.numel() for cost, score in zip(costs, scores, strict=True))
