@@ -158,12 +158,12 @@ class BudgetedTraining(TrainingHooks):
         """Fraction of zeros that the schedule asks for now; None if the method has no budget, or not of this kind."""
         if self.unit is not None and not self.unit.uniform:
             return None
-        return self._targeted(lambda latent: latent.weight.numel())
+        return self._targeted(lambda latent: latent.weight.numel(), self.way(self._context()))
 
-    def _targeted(self, size: Callable[[Latent], int]) -> float | None:
-        """Fraction of the weights, or of what they cost, that the schedule asks to remove now."""
+    def _targeted(self, size: Callable[[Latent], int], way: float) -> float | None:
+        """Fraction of the weights, or of what they cost, that is to go once so much of the way is done."""
         sizes = [(latent.sparsity, size(latent)) for latent in self._weights.latents.values()]
-        final, way = self.final_sparsity, self.way(self._context())
+        final = self.final_sparsity
         if final is None or not sum(size for _, size in sizes):
             return None
         removed = sum(size * self._ramp(final if own is None else own, way) for own, size in sizes)
@@ -172,19 +172,19 @@ class BudgetedTraining(TrainingHooks):
     @property
     def target_reached(self) -> bool:
         """Whether the ramp is over and the model takes no more than its final budget, to the weight."""
-        wanted, costs = self._targeted(_cost), [latent.cost for latent in self._bound().values()]
+        wanted, costs = self._targeted(_cost, 1.0), [latent.cost for latent in self._bound().values()]
         if wanted is None:
             return True
         largest = max(latent.cost * latent.group for latent in self._weights.latents.values())
         slack = largest * (1 if self.distribution == "global" else len(costs))
         kept = sum(cost * count for cost, count in zip(costs, self._count(), strict=True))
         allowed = (1.0 - wanted) * sum(map(_cost, self._weights.latents.values()))
-        return self._context().progress >= 1.0 and kept <= allowed + slack + 1e-6
+        return self.way(self._context()) == 1.0 and kept <= allowed + slack + 1e-6
 
     def _unit_metrics(self, densities: Mapping[str, float]) -> dict[str, float]:
         """What remains and what may, in the unit of the budget, if that is no sparsity."""
         costs = {name: _cost(latent) for name, latent in self._weights.latents.items()}
-        target = self._targeted(_cost)
+        target = self._targeted(_cost, self.way(self._context()))
         if self.unit is None or target is None:
             return {}
         metrics = {f"{self.unit.name}/target": self.unit.remains((1.0 - target) * sum(costs.values()))}

@@ -18,7 +18,7 @@ BUDGETS = [
     name
     for name, setting in SETTINGS.items()
     if setting.sparsity and not grows(setting.build()) and not setting.build().rounds
-    if setting.build().initial_sparsity == 0.0
+    if setting.build().initial_sparsity == 0.0 and setting.build().end
 ]
 
 
