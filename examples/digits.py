@@ -42,6 +42,7 @@ SETTINGS = {
     "AutoSparse": {"threshold_init": -5.0, "threshold_weight_decay": 0.015},
     "GMP": OFTEN,
     "GraNet": OFTEN,
+    "IterativeMagnitudePruning": {"sparsity": 0.9, "rounds": 2},
     "LAMP": OFTEN,
     "LATS": {"threshold": 0.05},
     "MEST": OFTEN,

@@ -13,7 +13,7 @@ class Common(TypedDict, total=False):
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own, where the method has a budget) or None (stay
             dense).
-        log_layers: Also log sparsity and threshold of every weight.
+        log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
     """
 
@@ -39,7 +39,7 @@ class Budgeted(Common, total=False):
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
+        log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
     """
 
@@ -63,7 +63,7 @@ class Patterned(Budgeted, total=False):
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
+        log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
     """
 

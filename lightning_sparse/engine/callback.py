@@ -65,7 +65,7 @@ class SparseTraining(BudgetedTraining):
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
-        log_layers: Also log sparsity and threshold of every weight.
+        log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
 
     Raises:
@@ -319,9 +319,14 @@ class SparseTraining(BudgetedTraining):
         """Rows of all weights and totals; prints as a table. With sharded weights every rank must call it."""
         latents, flops = self._bound(), self._account.flops
         per_sample = {name: macs / self._account.samples for name, macs in flops.by_layer.items()} if flops else {}
-        nonzeros = dict(zip(latents, self._count(), strict=True))
+        nonzeros, dead = dict(zip(latents, self._count(), strict=True)), self._watch.count_dead(latents)
         rows = [
-            row.measured(row.numel - nonzeros[row.name], self.threshold(row.name), per_sample.get(row.name))
+            row.measured(
+                row.numel - nonzeros[row.name],
+                self.threshold(row.name),
+                per_sample.get(row.name),
+                dead[row.name],
+            )
             if row.treated
             else row
             for row in self._rows
@@ -347,6 +352,8 @@ class SparseTraining(BudgetedTraining):
                 metrics[f"sparsity/layer/{name}"] = 1.0 - densities[name]
                 if "threshold" in latent.state:
                     metrics[f"threshold/{name}"] = float(latent.state["threshold"])
+            metrics |= {f"mask_overlap/{name}": overlap for name, overlap in self._watch.overlap.items()}
+            metrics |= {f"dead_outputs/{name}": dead for name, dead in self._watch.count_dead(latents).items()}
         return metrics
 
     def _find(self, name: str) -> Latent:

@@ -21,6 +21,7 @@ from lightning_sparse.engine.preflight import check_optimizers, check_overlap, c
 from lightning_sparse.engine.rewind import Rewinder, Rounds
 from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped, unscale
 from lightning_sparse.engine.targets import Target, find_targets
+from lightning_sparse.engine.watch import Watch
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
 from lightning_sparse.reports import Report, Row, show_report, show_targets
 
@@ -38,6 +39,7 @@ class TrainingHooks(pl.Callback):
     start: int | float
     end: int | float
     freeze: int | float | None
+    final_sparsity: float | None
     goal: str
     patterns: dict[str, Any]
     rounds: Rounds | None
@@ -54,7 +56,7 @@ class TrainingHooks(pl.Callback):
         self._epoch, self._position = 0.0, 0.0
         self._attached = False
         self._first = First(self)
-        self._vanished: set[str] = set()
+        self._watch = Watch()
         self._done = 0
         self._restored: dict[str, Any] | None = None
         self._steps = StepWatch()
@@ -151,6 +153,7 @@ class TrainingHooks(pl.Callback):
             self._account.load_state_dict(restored["account"])
         self._account.count_example(trainer, pl_module)  # a budget in FLOPs asks for it
         self._weights.take((v for v in verdicts if v.treated), self._context(), restored)
+        self._watch.begin(self._weights.latents, pl_module, restored and restored["watch"])
         self._weights.count()
         self._done = max(self._weights.steps.values(), default=0)
         if self.verbose and not self._attached and trainer.is_global_zero:
@@ -256,39 +259,31 @@ class TrainingHooks(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when a training epoch ends. Compares the ranks, logs sparsity and FLOPs, warns of vanished weights."""
+        """Called when a training epoch ends. Compares the ranks, warns of vanished weights, logs sparsity and FLOPs."""
         check_agreement(type(self).__name__, trainer, self._weights.latents.values())
+        self._look(trainer, pl_module)
         self._publish(trainer, log=True)
-        for name in [name for name, density in self._weights.densities.items() if not density]:
-            if name not in self._vanished:
-                self._vanished.add(name)
-                latent = self._weights.latents[name]
-                ties = " (a threshold prunes equal magnitudes together)" if "threshold" in latent.state else ""
-                rank_zero_warn(
-                    f"`{type(self).__name__}` has pruned all {latent.theta.numel()} weights of `{name}`{ties}."
-                    " Leave it dense with `ignore`, or give it a budget with `overrides`."
-                )
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._weights.bind(pl_module)
+        settled = self.final_sparsity is not None and self._context().progress >= 1.0 and self.target_reached
+        epoch, latents = trainer.fit_loop.epoch_progress.current.ready - 1, self._weights.latents
+        self._watch.look(type(self).__name__, latents, epoch=epoch, settled=settled)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends. Keeps the promised zeros in averaged weights."""
         self._weights.enforce()
-        if not self.target_reached:
-            rank_zero_warn(
-                f"Training ended at sparsity {self.sparsity:.4f}, before `{type(self).__name__}` reached"
-                f" {self.goal}. Let `end` come earlier or train longer."
-            )
-        elif self.sparsity == 0.0 and any("threshold" in latent.state for latent in self._weights.latents.values()):
-            rank_zero_warn(
-                f"`{type(self).__name__}` pruned nothing: no threshold exceeded a weight. Raise `threshold_init`,"
-                " `threshold_weight_decay` or the length of training."
-            )
+        missed = None if self.target_reached else self.goal
+        self._watch.conclude(type(self).__name__, self._weights.latents, self.sparsity, missed)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit ends. Takes the latents of a finished run that did not go on, and prints the summary."""
         if self._restored is not None:
             self._attach(trainer, pl_module)
+        if self._attached:
+            self._look(trainer, pl_module)  # unless that has been done when the last epoch ended
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
             monitors = {getattr(callback, "monitor", None) for callback in callbacks(trainer)}
@@ -320,6 +315,7 @@ class TrainingHooks(pl.Callback):
         if not self._attached:  # a learning rate finder saves before training
             return {"format": FORMAT}
         state = {**self._weights.state_dict(), "account": self._account.state_dict()}
+        state["watch"] = self._watch.state_dict(self._weights.latents)
         return state if self.rounds is None else {**state, "rewinder": self._rewinder.state_dict()}
 
     @override

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sparse.functional import exceeds, hard_threshold
 from lightning_sparse.functional.sharding import is_sharded, spread, whole
 
-__all__ = ["Context", "Latent"]
+__all__ = ["Context", "Latent", "pack_bits"]
 
 
 @dataclass
@@ -114,9 +114,7 @@ class Latent:
         packed: dict[str, Any] = {
             "seed": self.seed,
             "state": {key: _gather(tensor) for key, tensor in self.state.items() if tensor.dtype != torch.bool},
-            "bits": {
-                key: _pack_bits(whole(tensor)) for key, tensor in self.state.items() if tensor.dtype == torch.bool
-            },
+            "bits": {key: pack_bits(whole(tensor)) for key, tensor in self.state.items() if tensor.dtype == torch.bool},
         }
         if self.dense is not None and exact_on_kept:
             packed["pruned"] = _gather(self.dense)[~_gather(self.mask)]
@@ -180,7 +178,8 @@ def _gather(tensor: Tensor) -> Tensor:
     return full.cpu() if is_sharded(tensor) else full.clone()
 
 
-def _pack_bits(mask: Tensor) -> Tensor:
+def pack_bits(mask: Tensor) -> Tensor:
+    """Eight entries in a byte, on the CPU."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 

@@ -22,6 +22,7 @@ class Row:
         zeros: Number of its entries that are zero; None if they were not counted.
         threshold: Its threshold, if it is pruned by one.
         flops: Dense forward FLOPs per sample due to it; None if unknown.
+        dead_outputs: Number of outputs of its layer that none of its entries reaches; None if they were not counted.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     zeros: int | None = None
     threshold: float | None = None
     flops: float | None = None
+    dead_outputs: int | None = None
 
     @property
     def numel(self) -> int:
@@ -42,9 +44,11 @@ class Row:
         """Fraction of zeros, in ``[0, 1]``."""
         return None if self.zeros is None else self.zeros / max(1, self.numel)
 
-    def measured(self, zeros: int, threshold: float | None, flops: float | None) -> "Row":
+    def measured(
+        self, zeros: int, threshold: float | None, flops: float | None, dead_outputs: int | None = None
+    ) -> "Row":
         """Return the row with what has been found out."""
-        return dataclasses.replace(self, zeros=zeros, threshold=threshold, flops=flops)
+        return dataclasses.replace(self, zeros=zeros, threshold=threshold, flops=flops, dead_outputs=dead_outputs)
 
 
 @dataclass(frozen=True)

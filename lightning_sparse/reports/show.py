@@ -44,7 +44,7 @@ def show_report(report: Report, monitored: Mapping[str, float]) -> None:
     console = _make_console()
     console.print(table)
     for key, value in {**report.totals, **monitored}.items():
-        if not key.startswith(("sparsity/layer/", "threshold/")):
+        if not key.startswith(("sparsity/layer/", "threshold/", "dead_outputs/", "mask_overlap/")):
             console.print(f"{key:<24} {readable(value) if value >= 1000 else f'{value:.4g}'}", highlight=False)
     if "flops/inference" in report.totals:
         uncounted = ", ".join(sorted(report.uncounted)) or "nothing"

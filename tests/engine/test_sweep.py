@@ -35,7 +35,10 @@ from tests.helpers.probes import LateProbe, Probe
 from tests.helpers.sweep import SaveOnce, outcome
 
 # Said of configurations that nobody would choose.
-EXPECTED = r"`\w+` (has pruned|pruned nothing|leaves)|Training ended at sparsity|LSTM with projections is not supported"
+EXPECTED = (
+    r"`\w+` (has pruned|pruned nothing|leaves|does not settle)|Training ended at sparsity"
+    r"|LSTM with projections is not supported"
+)
 
 
 # -- the laws --------------------------------------------------------------------------------------------------------
