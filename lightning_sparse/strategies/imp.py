@@ -1,6 +1,6 @@
 """IMP: train, prune, rewind, and again."""
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal, Unpack
 
 import torch
@@ -100,7 +100,7 @@ class IterativeMagnitudePruning(SparseTraining):
                 f" {rewind_epoch!r} with `epochs_per_round` = {epochs_per_round!r}."
             )
         self.rounds: Rounds = Rounds(rounds, epochs_per_round, rewind, rewind_epoch)
-        self.schedule = partial(_same_fraction_each_time, sparsity)
+        self.schedule = _SameFraction(sparsity)
 
     def is_due(self, context: Context) -> bool:
         """Never in a round."""
@@ -121,6 +121,11 @@ class IterativeMagnitudePruning(SparseTraining):
         return (last or not self.final_sparsity) and super().target_reached
 
 
-def _same_fraction_each_time(sparsity: float, progress: float) -> float:
+@dataclass(frozen=True)
+class _SameFraction:
     """Fraction of the way to the sparsity, where each step prunes the same fraction of what is left."""
-    return (1.0 - (1.0 - sparsity) ** progress) / sparsity if sparsity else progress
+
+    sparsity: float
+
+    def __call__(self, progress: float) -> float:
+        return (1.0 - (1.0 - self.sparsity) ** progress) / self.sparsity if self.sparsity else progress
