@@ -259,6 +259,14 @@ class SparseTraining(BudgetedTraining):
         else:
             out.copy_(latent.theta)
 
+    def gather(self, latents: Sequence[Latent], context: Context) -> None:
+        """Look at all gradients of a step, in ``latent.weight.grad``, before any of them is pulled back.
+
+        Args:
+            latents: The weights that have a gradient and are about to be stepped.
+            context: Where training stands.
+        """
+
     def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         """Turn the gradient at the sparse weight into that of its latent.
 

@@ -48,6 +48,9 @@ class Method(Protocol):
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """What the network sees."""
 
+    def gather(self, latents: Sequence[Latent], context: Context) -> None:
+        """Look at all gradients of a step before any is pulled back."""
+
     def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         """What the latent hears of the gradient."""
 

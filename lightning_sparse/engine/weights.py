@@ -158,17 +158,7 @@ class LatentWeights:
             hosted = []  # the optimizer will do nothing, so the model may hold something else, such as averaged weights
         now = context(self.steps.get(index, 0) + 1)
         due = not self.frozen and self.method.is_due(now)
-        for latent, _ in hosted:
-            grad, latent.grad = latent.weight.grad, None
-            if grad is not None:
-                if scale != 1.0:
-                    grad.div_(scale)
-                latent.grad = grad.clone() if due and self.method.needs_gradient else None
-                latent_grad = self._pull_back(latent, grad, now)
-                if latent_grad is not grad:
-                    local(grad).copy_(local(latent_grad))
-                if scale != 1.0:
-                    grad.mul_(scale)
+        self._hear([latent for latent, _ in hosted], now, scale)
         self._sum_learned(latent for latent, _ in hosted)
         if due and self.method.replaces_step and any("mask" in latent.state for latent, _ in hosted):
             for group in optimizer.param_groups:
@@ -177,6 +167,24 @@ class LatentWeights:
         # In this order, so that an interrupt at any moment loses nothing.
         _copy((latent.weight, latent.dense) for latent, _ in hosted)
         self._exposed[optimizer] = hosted
+
+    def _hear(self, latents: list[Latent], context: Context, scale: float) -> None:
+        """Turn the gradients at the weights, which carry a factor, into those of the latents."""
+        heard = [(latent, latent.weight.grad) for latent in latents if latent.weight.grad is not None]
+        if heard and scale != 1.0:
+            torch._foreach_div_([local(grad) for _, grad in heard], scale)
+        if not self.frozen:
+            self.method.gather([latent for latent, _ in heard], context)
+        keep = self.method.needs_gradient and not self.frozen and self.method.is_due(context)
+        for latent in latents:
+            latent.grad = None
+        for latent, grad in heard:
+            latent.grad = grad.clone() if keep else None
+            latent_grad = self._pull_back(latent, grad, context)
+            if latent_grad is not grad:
+                local(grad).copy_(local(latent_grad))
+        if heard and scale != 1.0:
+            torch._foreach_mul_([local(grad) for _, grad in heard], scale)
 
     def _sum_learned(self, latents: Iterable[Latent]) -> None:
         """Let what is learned for a whole weight hear of all its parts."""

@@ -17,6 +17,7 @@ from lightning_sparse.strategies.probmask import ProbMask
 from lightning_sparse.strategies.rigl import RigL
 from lightning_sparse.strategies.set import SET
 from lightning_sparse.strategies.snfs import SNFS
+from lightning_sparse.strategies.spartan import Spartan
 from lightning_sparse.strategies.sste import SSTE
 from lightning_sparse.strategies.st3 import ST3, ST3Sigma
 from lightning_sparse.strategies.static import StaticSparsity
@@ -47,6 +48,7 @@ __all__ = [
     "ST3",
     "ST3Sigma",
     "STR",
+    "Spartan",
     "StaticSparsity",
     "StraightThroughMagnitude",
     "TopKAST",

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse import ACDC, MEST, SSTE, GraNet, SparseTraining
+from lightning_sparse import ACDC, MEST, SSTE, GraNet, SparseTraining, Spartan
 from lightning_sparse.functional import channel_scale, group_soft_threshold, soft_threshold
 from lightning_sparse.functional.sharding import is_sharded, whole
 from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse
@@ -66,6 +66,8 @@ def project(callback: SparseTraining, name: str) -> Tensor:
         return group_soft_threshold(theta, callback.pattern) * callback._find(name).state["scale"]
     if threshold is None:
         weight = torch.where(whole(callback.mask(name)), theta, 0.0)
+        if isinstance(callback, Spartan) and "mask" in (state := callback._find(name).state):
+            weight = weight * whole(state["soft"])
         return weight.sign() * weight.abs() ** getattr(callback, "power", 1.0)
     weight = soft_threshold(theta, threshold)
     return weight * channel_scale(theta, threshold) if getattr(callback, "rescale", False) else weight

@@ -148,6 +148,7 @@ SETTINGS = {
         sparsity=0.7,
         unheard={"distribution": "uniform"},  # else the probabilities of the others grow at the cost of theirs
     ),
+    "Spartan": Setting(ls.Spartan, {"sparsity": 0.7, "end": 0.5, "finetune": 0.8}, sparsity=0.7),
     "KeepMask": Setting(Pruned, {"zeros": 0.7}, {"zeros": 0.0}),
 }
 

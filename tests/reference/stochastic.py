@@ -98,3 +98,74 @@ class ProbMask(Hard):
             self.fixed = True
             for name in self.names:
                 self.thetas[name].data.mul_(self.masks[name])
+
+
+class SoftMask(torch.autograd.Function):
+    """The soft mask, with the derivative of an optimal transport plan by its values: diagonal and rank one."""
+
+    @staticmethod
+    def forward(ctx, values, k, beta):
+        low, high = float(values.min()) - 100 / beta, float(values.max()) + 100 / beta
+        for _ in range(300):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(torch.sigmoid(beta * (values - middle)).sum()) > k else (low, middle)
+        mask = torch.sigmoid(beta * (values - low))
+        ctx.save_for_backward(mask)
+        ctx.beta = beta
+        return mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        slope = mask * (1 - mask)
+        jacobian = ctx.beta * (torch.diag(slope) - torch.outer(slope, slope) / slope.sum())
+        return jacobian @ grad, None, None
+
+
+class Spartan(Hard):
+    """The soft mask is a function of the weights; the hard one is passed straight through."""
+
+    def __init__(self, thetas, pools, *, end, finetune, first, last):
+        self.finetune, self.first, self.last, self.softs = finetune, first, last, {}
+        super().__init__(thetas, pools, start=0, end=end)
+        self.plan = None
+
+    def shown(self, name, theta):
+        if name not in self.softs:
+            return theta
+        if self.plan is None:  # one for all weights of a batch
+            self.solve()
+        weight = self.plan[name] * theta
+        if self.fixed:
+            return weight * self.masks[name]
+        return weight + (weight * self.masks[name] - weight).detach()
+
+    def solve(self):
+        self.plan = dict(self.softs) if self.fixed else {}
+        for names, k in [] if self.fixed else self.kept:
+            flat = torch.cat([self.thetas[name].flatten() for name in names]).abs()
+            parts = SoftMask.apply(flat, k, self.beta).split([self.thetas[name].numel() for name in names])
+            self.plan.update({n: part.view_as(self.thetas[n]) for n, part in zip(names, parts, strict=True)})
+
+    def after_step(self, epoch, batch, batches):
+        super().after_step(epoch, batch, batches)
+        position = epoch + batch / batches
+        if position > self.finetune + 1e-9:
+            return
+        self.beta = self.first + position / self.finetune * (self.last - self.first)
+        self.choose(min(1.0, position / self.end))
+        self.fixed, self.plan = False, None
+        self.kept = []
+        for names, sparsity in self.pools:
+            size = sum(self.thetas[name].numel() for name in names)
+            self.kept.append((names, size - round(sparsity * min(1.0, position / self.end) * size)))
+        with torch.no_grad():
+            self.solve()
+        self.softs, self.plan = self.plan, None
+        self.fixed = position >= self.finetune - 1e-9
+
+    def after_batch(self, epoch):
+        self.plan = None  # the graph has been used
+
+    def weight(self, name):
+        return self.latent(name) * self.softs[name] * self.masks[name]
