@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.logistic import logistic
 from lightning_sparse.functional.sharding import elementwise
 
 __all__ = ["add_noise", "log_alpha", "noise_gradient", "normal"]
@@ -48,7 +49,7 @@ def log_alpha(theta: Tensor, log_variance: Tensor, bound: float = 8.0) -> Tensor
         >>> log_alpha(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, -2.0]))
         tensor([-2.,  8.])
     """
-    return (log_variance - 2 * theta.abs().log()).clamp_(-bound, bound)
+    return (log_variance - 2 * theta.to(log_variance.dtype).abs().log()).clamp_(-bound, bound)
 
 
 @elementwise
@@ -70,7 +71,7 @@ def add_noise(theta: Tensor, log_variance: Tensor, noise: Tensor, bound: float =
         >>> add_noise(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, -2.0]), torch.ones(2))
         tensor([1.3679, 0.0000])
     """
-    log_square = 2 * theta.abs().log()
+    log_square = 2 * theta.to(log_variance.dtype).abs().log()
     clipped = torch.minimum(torch.maximum(log_variance, log_square - bound), log_square + bound)
     return theta + noise * (0.5 * clipped).exp()
 
@@ -118,8 +119,8 @@ def noise_gradient(
     """
     rate = log_alpha(theta, log_variance, bound)
     inside, ratio = rate.abs() < bound, noise * (0.5 * rate).exp()  # noise in units of the mean
-    sigmoid = torch.sigmoid(K2 + K3 * rate)
-    slope = -kl_weight * (K1 * K3 * sigmoid * (1 - sigmoid) + 0.5 * torch.sigmoid(-rate))
+    sigmoid = logistic(K2 + K3 * rate)
+    slope = -kl_weight * (K1 * K3 * sigmoid * (1 - sigmoid) + 0.5 * logistic(-rate))
     if mean:
         return grad + torch.where(inside, -2 * slope / theta, grad * ratio * theta.sign())
     return torch.where(inside, 0.5 * grad * ratio * theta.abs() + slope, 0.0)

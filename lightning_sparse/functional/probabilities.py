@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.logistic import logistic
 from lightning_sparse.functional.measures import count_nonzeros
 from lightning_sparse.functional.roots import find_root
 from lightning_sparse.functional.selection import kth_largest, topk_masks
@@ -40,7 +41,7 @@ def relaxed_mask(probability: Tensor, uniform: Tensor, temperature: float) -> Te
     # Of numbers on a grid 2^-24 wide, of which the first is 0; 1 is none of them.
     uniform = uniform.clamp(2.0**-25, 1 - 2.0**-24).to(probability.dtype)
     logit = (probability + EPS).log() - (1 - probability + EPS).log()
-    return (uniform.logit_().add_(logit)).mul_(temperature).sigmoid_()
+    return logistic(uniform.logit_().add_(logit).mul_(temperature))
 
 
 @elementwise

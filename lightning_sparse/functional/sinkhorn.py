@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.logistic import logistic
 from lightning_sparse.functional.roots import find_root
 from lightning_sparse.functional.sharding import elementwise, local, sum_each
 
@@ -34,7 +35,7 @@ def soft_topk(theta: Tensor, shift: float, sharpness: float) -> Tensor:
         >>> soft_topk(torch.tensor([3.0, -1.0, 1.0]), 1.0, 10.0)
         tensor([1.0000, 0.5000, 0.5000])
     """
-    return torch.sigmoid(sharpness * (theta.abs() - shift))
+    return logistic(sharpness * (theta.abs() - shift))
 
 
 def soft_topk_shift(thetas: Sequence[Tensor], kept: float, sharpness: float, *, near: float = 0.0) -> float:

@@ -25,6 +25,7 @@ from lightning_sparse.strategies.str import STR
 from lightning_sparse.strategies.straight_through import StraightThroughMagnitude
 from lightning_sparse.strategies.topk_annealing import TopKGradientAnnealing
 from lightning_sparse.strategies.topkast import TopKAST
+from lightning_sparse.strategies.variational_dropout import SparseVariationalDropout
 
 __all__ = [
     "ACDC",
@@ -49,6 +50,7 @@ __all__ = [
     "ST3Sigma",
     "STR",
     "Spartan",
+    "SparseVariationalDropout",
     "StaticSparsity",
     "StraightThroughMagnitude",
     "TopKAST",

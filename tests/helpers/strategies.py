@@ -149,6 +149,12 @@ SETTINGS = {
         unheard={"distribution": "uniform"},  # else the probabilities of the others grow at the cost of theirs
     ),
     "Spartan": Setting(ls.Spartan, {"sparsity": 0.7, "end": 0.5, "finetune": 0.8}, sparsity=0.7),
+    "SparseVariationalDropout": Setting(
+        ls.SparseVariationalDropout,
+        {"kl_weight": 1e-4, **_RAMP, "threshold": 0.5, "log_variance_init": -5.0, "log_variance_lr": 0.02},
+        # Variances that round to zero, and no bound that would raise them.
+        {"kl_weight": 0.0, "log_variance_init": -600.0, "bound": 700.0},
+    ),
     "KeepMask": Setting(Pruned, {"zeros": 0.7}, {"zeros": 0.0}),
 }
 

@@ -169,3 +169,55 @@ class Spartan(Hard):
 
     def weight(self, name):
         return self.latent(name) * self.softs[name] * self.masks[name]
+
+
+class VariationalDropout(Hard):
+    """Weights with Gaussian noise whose variance is learned by Adam; the divergence joins the loss."""
+
+    def __init__(self, thetas, names, *, kl_weight, start, end, init, rate, batches, bound=8.0, accumulate=1):
+        self.log_variance = {name: nn.Parameter(torch.full_like(thetas[name].detach(), init)) for name in names}
+        self.kl_weight, self.rate, self.bound = kl_weight, rate, bound
+        self.window, self.batches, self.count, self.accumulate = (start, end), batches, 0, accumulate
+        super().__init__(thetas, [(names, None)], start=start, end=end)
+        self.adam = torch.optim.Adam([{"params": [self.log_variance[name]]} for name in names])
+        self.noise = Noise(thetas, names)
+        self.choose(0.0)
+
+    def rates(self, name):
+        return torch.clamp(self.log_variance[name] - torch.log(self.thetas[name] ** 2), -self.bound, self.bound)
+
+    def shown(self, name, theta):
+        # As the authors have it: the variance is that of the clipped rate.
+        variance = torch.exp(self.rates(name)) * theta**2
+        epsilon = math.sqrt(2) * torch.erfinv(2 * self.noise.uniform(name) - 1)
+        return theta + torch.sqrt(variance) * epsilon
+
+    def penalty(self):
+        """Once for each step."""
+        self.count += 1
+        if self.count % self.accumulate:
+            return 0.0
+        start, end = self.window
+        weight = min(1.0, max(0.0, (self.count / self.batches - start) / (end - start))) * self.kl_weight
+        return self.accumulate * weight * sum(divergence(self.rates(name)) for name in self.names)
+
+    def before_step(self, host, epoch, batch, batches):
+        groups = {id(p): group for group in host.param_groups for p in group["params"]}
+        for name, own in zip(self.names, self.adam.param_groups, strict=True):
+            own["lr"] = groups[id(self.thetas[name])]["lr"] if self.rate is None else self.rate
+        self.adam.step()
+        self.adam.zero_grad()
+
+    def after_step(self, epoch, batch, batches):
+        super().after_step(epoch, batch, batches)
+        self.choose(0.0)
+        self.noise.shake()
+
+    def choose(self, share):
+        self.masks = {name: (self.rates(name) < 3).detach() for name in self.log_variance}
+
+
+def divergence(log_alpha):
+    """Equation (14) of the paper, negated."""
+    k1, k2, k3 = 0.63576, 1.8732, 1.48695
+    return -(k1 * torch.sigmoid(k2 + k3 * log_alpha) - 0.5 * torch.log(1 + torch.exp(-log_alpha)) - k1).sum()
