@@ -15,6 +15,9 @@ from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["ProbMask"]
 
+# A probability of 1 would have no gradient. The bisection of the authors' code leaves this one after the first step.
+ALMOST_ONE = 1 - 2.0**-21
+
 
 class ProbMask(SparseTraining):
     r"""Learn with which probability each weight is kept; on average they respect one global budget.
@@ -37,7 +40,8 @@ class ProbMask(SparseTraining):
     Args:
         sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``; reached exactly.
         score_lr: Initial learning rate of the probabilities.
-        start: When the ramp starts: int = epoch, float = fraction of training. Before it all weights are kept.
+        start: When the ramp starts: int = epoch, float = fraction of training. Before it the budget is
+            all weights, though the probabilities are learned already.
         end: When it reaches ``sparsity``.
         freeze: From when on the mask is fixed and only the kept weights train.
         schedule: Shape of the ramp.
@@ -109,9 +113,18 @@ class ProbMask(SparseTraining):
         return self.score_lr * 0.5 * (1.0 + math.cos(math.pi * self.elapsed(context)))
 
     def init_state(self, theta: Tensor) -> dict[str, Tensor]:
-        """Keep a probability per weight, at first 1."""
+        """Keep a probability per weight, at first so near to 1 that all weights are kept."""
         dtype = torch.promote_types(theta.dtype, torch.float32)
-        return {"p": torch.ones_like(theta, dtype=dtype, requires_grad=True)}
+        return {"p": torch.full_like(theta, ALMOST_ONE, dtype=dtype).requires_grad_()}
+
+    def samples(self, latent: Latent, context: Context) -> bool:
+        """Whether the network sees a sample: in training, of all weights but those that are to stay dense."""
+        return context.training and (self.final_sparsity if latent.sparsity is None else latent.sparsity) != 0.0
+
+    def after_step(self, latent: Latent, lr: float, context: Context) -> None:
+        """Keep the probabilities probabilities as long as there is no budget to project them onto."""
+        if not self.schedule(context.progress):
+            latent.state["p"].detach().clamp_(0.0, 1.0)
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Project the probabilities onto the budget, and keep the largest."""
@@ -130,15 +143,15 @@ class ProbMask(SparseTraining):
         return functional.relaxed_mask(latent.state["p"].detach(), noise, self.temperature(context))
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
-        """Mask with a sample while a batch is trained on; all weights are kept before there is a budget."""
-        if context.training and "mask" in latent.state:
+        """Mask with a sample while a batch is trained on."""
+        if self.samples(latent, context):
             out.copy_(latent.theta * self.sample(latent, context))
         else:
             super().project(latent, context, out)
 
     def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         """Chain rule through the sample, and leave the gradient of ``p`` in its ``.grad``."""
-        if not (context.training and "mask" in latent.state):
+        if not self.samples(latent, context):
             return functional.mask_gradient(grad, latent.mask, out=grad)
         p, mask = latent.state["p"], self.sample(latent, context)
         heard = (grad * latent.theta).to(p.dtype)

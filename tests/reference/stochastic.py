@@ -51,13 +51,13 @@ class ProbMask(Hard):
 
     def __init__(self, thetas, pools, *, start, end, freeze, score_lr):
         super().__init__(thetas, pools, start=start, end=end)
-        self.freeze, self.score_lr, self.fixed, self.begun = freeze, score_lr, False, set()
-        self.p = {name: nn.Parameter(torch.ones_like(thetas[name].detach())) for name in self.names}
+        self.freeze, self.score_lr, self.fixed = freeze, score_lr, False
+        self.p = {name: nn.Parameter(torch.full_like(thetas[name].detach(), 1 - 2**-21)) for name in self.names}
         self.adam = torch.optim.Adam(self.p.values(), lr=score_lr)
         self.noise = Noise(thetas, self.names)
 
     def shown(self, name, theta):
-        if self.fixed or name not in self.begun:
+        if self.fixed:
             return theta * self.masks[name]
         p, u = self.p[name], self.noise.uniform(name)
         noise = -torch.log(1 / u - 1)
@@ -84,8 +84,9 @@ class ProbMask(Hard):
     def choose(self, share):
         for names, sparsity in self.pools:
             if sparsity * share == 0:
+                for name in names:
+                    self.p[name].clamp_(0, 1)
                 continue
-            self.begun.update(names)
             probabilities, thetas = [self.p[name] for name in names], [self.thetas[name] for name in names]
             size = sum(theta.numel() for theta in thetas)
             k = size - round(sparsity * share * size)
