@@ -54,7 +54,7 @@ def test_dense_gradient_is_needed_when_the_card_says(name, monkeypatch):
     pruned = [(density, backward) for density, backward in asked if density < 1.0]
     word = method.card.dense_gradient
     if method.stochastic:  # noisy weights are dense, forward and backward
-        assert word.startswith("until") or word == "always"
+        assert word in ("always", "until `freeze`")
         assert method.card.training_flops.startswith("3 f_D")
         return
     assert pruned

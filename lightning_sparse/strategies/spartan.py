@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_moment, check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -58,7 +59,15 @@ class Spartan(SparseTraining):
         10.0
     """
 
-    paper = "Tai et al., NeurIPS 2022, https://arxiv.org/abs/2205.14107"
+    card = Card(
+        paper="Tai et al., NeurIPS 2022, https://arxiv.org/abs/2205.14107",
+        criterion="the largest, anew at each step until `finetune`",
+        projection="mask times a soft mask that grows sharper",
+        gradient="chain rule through the soft mask",
+        schedule="linear ramp, to the weight",
+        dense_gradient="until `finetune`",
+        training_flops="2 f_S + f_D until `finetune`, then 3 f_S",
+    )
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import functional
+from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
@@ -59,7 +60,16 @@ class SparseVariationalDropout(SparseTraining):
         True
     """
 
-    paper = "Molchanov et al., ICML 2017, https://arxiv.org/abs/1701.05369"
+    card = Card(
+        paper="Molchanov et al., ICML 2017, https://arxiv.org/abs/1701.05369",
+        criterion="those that are larger than the noise which they learn to bear",
+        projection="mask; while it trains all weights, with noise",
+        gradient="straight-through, and that of a divergence from the prior",
+        schedule="an outcome of the divergence",
+        allocation="learned",
+        dense_gradient="always",
+        training_flops="3 f_D",
+    )
     stochastic = True
     learner = "adam"
 
