@@ -48,12 +48,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"Expected argument `{name}` to be a positive int, but got {value!r}.")
 
 
-def check_number(name: str, value: Any, *, negative: bool = True) -> None:
-    """Refuse anything but a finite number, or, unless ``negative``, one from 0 on."""
-    kind = "a finite number" if negative else "a finite number >= 0"
+def check_number(name: str, value: Any, *, negative: bool = True, zero: bool = True) -> None:
+    """Refuse anything but a finite number, or, unless ``negative``, one from 0 on, or, unless ``zero``, above it."""
+    kind = "a finite number" if negative else f"a finite number {'>=' if zero else '>'} 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"Expected argument `{name}` to be {kind}, but got {value!r}.")
-    if not math.isfinite(value) or (value < 0 and not negative):
+    if not math.isfinite(value) or (value < 0 and not negative) or (value == 0 and not zero):
         raise ValueError(f"Expected argument `{name}` to be {kind}, but got {value!r}.")
 
 

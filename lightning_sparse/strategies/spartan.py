@@ -81,10 +81,8 @@ class Spartan(SparseTraining):
         distribution: Literal["er", "erk", "global", "uniform"] = "global",
         **common: Unpack[Common],
     ) -> None:
-        for name, value in (("sharpness", sharpness), ("initial_sharpness", initial_sharpness)):
-            check_number(name, value, negative=False)
-            if not value:
-                raise ValueError(f"Expected argument `{name}` to be a number > 0, but got {value!r}.")
+        check_number("sharpness", sharpness, negative=False, zero=False)
+        check_number("initial_sharpness", initial_sharpness, negative=False, zero=False)
         check_moment("finetune", finetune)
         super().__init__(sparsity, start=start, end=end, schedule="linear", distribution=distribution, **common)
         self.sharpness, self.initial_sharpness, self.finetune = sharpness, initial_sharpness, finetune
@@ -106,8 +104,7 @@ class Spartan(SparseTraining):
         """Solve the soft mask beside taking the hard one."""
         thetas = [latent.theta for latent in latents]
         total = sum(theta.numel() for theta in thetas)
-        way = min(1.0, self.annealed(context))
-        beta = self.initial_sharpness + way * (self.sharpness - self.initial_sharpness)
+        beta = self.initial_sharpness + min(1.0, self.annealed(context)) * (self.sharpness - self.initial_sharpness)
         kept = total - round((sparsity or 0.0) * total)
         near = float(latents[0].state["shift"])
         shift = functional.soft_topk_shift(thetas, kept, beta, near=near) if 0 < kept < total else near
