@@ -5,7 +5,7 @@ import torch
 
 from lightning_sparse import ProbMask
 from lightning_sparse.functional import budget_shift, likeliest_masks, relaxed_mask, relaxed_mask_gradient
-from tests.helpers.side_by_side import WEIGHTS, assert_equal_training
+from tests.helpers.side_by_side import WEIGHTS, assert_equal_training, hosts_and_dtypes
 from tests.helpers.spent import assert_spent
 from tests.reference import stochastic as reference
 
@@ -17,9 +17,9 @@ def twin(pools=((WEIGHTS, 0.6),), **settings):
     return lambda thetas: reference.ProbMask(thetas, list(pools), **{**WHEN, "score_lr": 6e-3, **settings})
 
 
-@pytest.mark.parametrize("host", ["sgd", "nesterov", "adamw"])
-def test_training_equals_autograd(host):
-    assert_equal_training(ProbMask(0.6, **WHEN, verbose=False), twin(), host=host)
+@hosts_and_dtypes
+def test_training_equals_autograd(host, dtype):
+    assert_equal_training(ProbMask(0.6, **WHEN, verbose=False), twin(), host=host, dtype=dtype)
 
 
 def test_one_sample_is_shared_by_a_window():

@@ -7,7 +7,7 @@ import torch
 
 from lightning_sparse import SparseVariationalDropout
 from lightning_sparse.functional import add_noise, log_alpha, noise_gradient, normal
-from tests.helpers.side_by_side import BATCHES, WEIGHTS, assert_equal_training
+from tests.helpers.side_by_side import BATCHES, WEIGHTS, assert_equal_training, hosts_and_dtypes
 from tests.helpers.spent import assert_spent
 from tests.reference import stochastic as reference
 
@@ -20,10 +20,11 @@ def twin(*, rate, init=-5.0, **settings):
     )
 
 
-@pytest.mark.parametrize(("host", "rate"), [("sgd", 0.01), ("nesterov", 0.02), ("adamw", None)])
-def test_training_equals_autograd(host, rate):
+@hosts_and_dtypes
+def test_training_equals_autograd(host, dtype):
+    rate = {"sgd": 0.01, "nesterov": 0.02, "adamw": None}[host]
     callback = SparseVariationalDropout(**SETTINGS, log_variance_init=-5.0, log_variance_lr=rate)
-    assert_equal_training(callback, twin(rate=rate), host=host)
+    assert_equal_training(callback, twin(rate=rate), host=host, dtype=dtype)
 
 
 def test_rates_at_their_bound_and_accumulated_gradients():
