@@ -40,6 +40,7 @@ from lightning_sparse.functional import sparsity
 OFTEN = {"sparsity": 0.9, "update_every_n_steps": 10}
 SETTINGS = {
     "AutoSparse": {"threshold_init": -5.0, "threshold_weight_decay": 0.015},
+    "DSR": OFTEN,
     "GMP": OFTEN,
     "GraNet": OFTEN,
     "IterativeMagnitudePruning": {"sparsity": 0.9, "rounds": 2},

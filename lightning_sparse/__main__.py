@@ -1,11 +1,12 @@
 """The command line: ``lightning-sparse``, or ``python -m lightning_sparse``."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_sparse import cards, strategies
+from lightning_sparse.export import inspect_checkpoint
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -30,7 +31,12 @@ def methods(name: str | None, fill: Sequence[Path]) -> None:
         print("\n".join(cards.line(method, max(map(len, known))) for method in known.values()))
 
 
-COMMANDS = {"methods": methods}
+def inspect(checkpoint: Path) -> None:
+    """Tell how sparse the weights in a file are."""
+    print(inspect_checkpoint(checkpoint))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "methods": methods}
 
 
 def make_parser() -> "ArgumentParser":
@@ -50,6 +56,11 @@ def make_parser() -> "ArgumentParser":
         help="instead write the tables of all methods between their markers in documents, as `make docs` does",
     )
     commands.add_subcommand("methods", listing, help="what there is to choose from")
+    inspection = ArgumentParser(description="Count the zeros in anybody's checkpoint; nothing in it is run.")
+    inspection.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="of Lightning, a state dict of torch.save, or safetensors"
+    )
+    commands.add_subcommand("inspect", inspection, help="how sparse the weights in a file are")
     return parser
 
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_sparse import __main__ as program
 from lightning_sparse import cards, strategies
+from lightning_sparse.export import inspect_checkpoint
 
 ROOT = Path(__file__).parents[1]
 METHODS = [vars(strategies)[name] for name in strategies.__all__]
@@ -33,6 +35,12 @@ def test_shows_one_method(capsys, method):
     assert not re.search(r":\w+:`", text)
 
 
+def test_inspects_a_checkpoint(capsys):
+    torch.save({"weight": torch.eye(2), "bias": torch.zeros(2)}, "model.pt")
+    program.main(["inspect", "model.pt"])
+    assert capsys.readouterr().out == f"{inspect_checkpoint('model.pt')}\n"
+
+
 def test_runs_as_a_module_and_says_how_to_get_what_it_needs(tmp_path):
     command = [sys.executable, "-m", "lightning_sparse", "methods", "ST3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -52,6 +60,9 @@ def test_runs_as_a_module_and_says_how_to_get_what_it_needs(tmp_path):
         (["methods", "--fill", "nowhere.md"], "nowhere.md"),
         (["methods", "--fill", "empty.md"], "`empty.md`: Expected markers `<!-- NAME -->`"),
         (["methods", "--fil"], "--fil"),
+        (["inspect"], "inspect.checkpoint"),
+        (["inspect", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["inspect", "empty.md"], "Expected empty.md to be a safetensors file"),
     ],
 )
 def test_mistakes_end_in_a_message(capsys, arguments, message):
