@@ -25,7 +25,7 @@ demo: $(STAMP)  ## Train sparse digits classifiers, or those of METHOD="RigL SET
 	$(RUN) examples/digits.py --output runs/digits $(addprefix --method ,$(METHOD))
 
 test: $(STAMP)  ## Run the tests and the doctests, without the slow ones
-	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## Run the slow tests only
 	$(RUN) -m pytest -m slow -o faulthandler_timeout=1800 $(ARGS)

@@ -154,6 +154,8 @@ class TrainingHooks(pl.Callback):
         self._account.count_example(trainer, pl_module)  # a budget in FLOPs asks for it
         self._weights.take((v for v in verdicts if v.treated), self._context(), restored)
         self._watch.begin(self._weights.latents, pl_module, restored and restored["watch"])
+        if batches == self._clock.batches and self._watch.epoch < epoch:  # resumed from the last batch: it has no end
+            self._look(pl_module, epoch)
         self._weights.count()
         self._done = max(self._weights.steps.values(), default=0)
         if self.verbose and not self._attached and trainer.is_global_zero:
@@ -261,14 +263,13 @@ class TrainingHooks(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when a training epoch ends. Compares the ranks, warns of vanished weights, logs sparsity and FLOPs."""
         check_agreement(type(self).__name__, trainer, self._weights.latents.values())
-        self._look(trainer, pl_module)
+        self._look(pl_module, trainer.current_epoch)
         self._publish(trainer, log=True)
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _look(self, pl_module: pl.LightningModule, epoch: int) -> None:
         self._weights.bind(pl_module)
         settled = self.final_sparsity is not None and self._context().progress >= 1.0 and self.target_reached
-        epoch, latents = trainer.fit_loop.epoch_progress.current.ready - 1, self._weights.latents
-        self._watch.look(type(self).__name__, latents, epoch=epoch, settled=settled)
+        self._watch.look(type(self).__name__, self._weights.latents, epoch=epoch, settled=settled)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -282,8 +283,8 @@ class TrainingHooks(pl.Callback):
         """Called when fit ends. Takes the latents of a finished run that did not go on, and prints the summary."""
         if self._restored is not None:
             self._attach(trainer, pl_module)
-        if self._attached:
-            self._look(trainer, pl_module)  # unless that has been done when the last epoch ended
+        if self._attached and not self._watch.looked:  # resumed when nothing was left to train
+            self._look(pl_module, trainer.fit_loop.epoch_progress.current.ready - 1)
         if self.verbose:
             report = self.report()  # on every rank, as each may hold a part of the weights
             monitors = {getattr(callback, "monitor", None) for callback in callbacks(trainer)}

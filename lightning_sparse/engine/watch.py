@@ -22,15 +22,18 @@ class Watch:
     Attributes:
         overlap: Per weight, how much the masks at the ends of the last two epochs overlap: kept by both, divided by
             kept by either. Empty before there are two.
+        epoch: Index of the last epoch at whose end it has looked, -1 before there is one.
+        looked: Whether it has looked since :meth:`begin`.
     """
 
     def __init__(self) -> None:
         self.overlap: dict[str, float] = {}
+        self.looked = False
         self._warned: set[str] = set()
         self._outputs: dict[str, tuple[int, int]] = {}
         # The masks at the end of an epoch, bit-packed in the memory of the CPU, and whether they had to settle then.
         self._masks: dict[str, Tensor] = {}
-        self._epoch = -1
+        self.epoch = -1
         self._settled = False
 
     def begin(self, latents: Mapping[str, Latent], module: nn.Module, restored: Mapping[str, Any] | None) -> None:
@@ -39,9 +42,9 @@ class Watch:
         self._outputs = {
             name: _outputs(layer) if latents[name].weight.ndim > 1 else (0, 1) for name, layer in layers.items()
         }
-        self.overlap, self._masks, self._epoch, self._settled = {}, {}, -1, False
+        self.overlap, self._masks, self.epoch, self._settled, self.looked = {}, {}, -1, False, False
         if restored is not None and restored["epoch"] >= 0:
-            self.overlap, self._epoch, self._settled = dict(restored["overlap"]), restored["epoch"], restored["settled"]
+            self.overlap, self.epoch, self._settled = dict(restored["overlap"]), restored["epoch"], restored["settled"]
             self._masks = {
                 name: restored["masks"][name].cpu() if name in restored["masks"] else pack_bits(whole(latent.mask))
                 for name, latent in latents.items()
@@ -76,7 +79,8 @@ class Watch:
             epoch: Index of the epoch that ends.
             settled: Whether masks should not change much any more.
         """
-        if epoch == self._epoch:  # resumed from its end
+        self.looked = True
+        if epoch == self.epoch:  # resumed from its end
             return
         both = either = 0
         previous, self._masks, self.overlap = self._masks, {}, {}
@@ -91,11 +95,11 @@ class Watch:
         if settled and self._settled and 2 * both < either and "overlap" not in self._warned:
             self._warned.add("overlap")
             rank_zero_warn(
-                f"`{method}` does not settle on what it keeps: its masks at the ends of epochs {self._epoch} and"
+                f"`{method}` does not settle on what it keeps: its masks at the ends of epochs {self.epoch} and"
                 f" {epoch} overlap by {both / either:.0%}, though the ramp has ended. Weights that come and go learn"
                 " little. Change masks less often (`update_every_n_steps`), or lower the learning rate."
             )
-        self._epoch, self._settled = epoch, settled
+        self.epoch, self._settled = epoch, settled
 
     def _warn_of_pruned(self, method: str, latent: Latent, mask: Tensor) -> None:
         if not mask.numel():
@@ -122,7 +126,7 @@ class Watch:
         """All of it, masks only as far as they are not those of now; every rank must enter."""
         now = {name: pack_bits(whole(latents[name].mask)) for name in self._masks}
         masks = {name: bits for name, bits in self._masks.items() if not torch.equal(bits, now[name])}
-        return {"epoch": self._epoch, "settled": self._settled, "overlap": dict(self.overlap), "masks": masks}
+        return {"epoch": self.epoch, "settled": self._settled, "overlap": dict(self.overlap), "masks": masks}
 
 
 def dead_outputs(mask: Tensor, dim: int = 0, groups: int = 1) -> tuple[int, int]:

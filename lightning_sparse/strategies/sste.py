@@ -88,6 +88,8 @@ class SSTE(SparseTraining):
         assert self.pattern is not None
         functional.group_soft_threshold(latent.theta, self.pattern, out=out)
         local(out).mul_(latent.state["scale"])
+        if "mask" in latent.state:
+            latent.state["mask"] = out != 0  # also where a step was interrupted before the selection
 
     def pull_back(self, latent: Latent, grad: Tensor, context: Context) -> Tensor:
         """Add the decay of the pruned latents."""

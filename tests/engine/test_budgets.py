@@ -370,7 +370,6 @@ def train_spread(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 def test_ranks_agree_on_a_budget_in_flops(tmp_path):
     expected = train_priced("one")
     spawn(train_spread, 2, tmp_path)

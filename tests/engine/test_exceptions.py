@@ -173,16 +173,18 @@ class Catching(Fragile):
 @every_strategy
 def test_a_failed_step_that_the_user_catches_leaves_no_trace(setting):
     model, callback, thresholds = Catching(), setting.build(**setting.unheard), []
+    learned = isinstance(callback, STR) and callback.final_sparsity is None  # else with a factor common to all layers
     latents = Latents(callback)
 
     class Thresholds(Callback):
         def on_train_batch_end(self, *args):
-            thresholds.append([callback.threshold(name) for name in ("net.0.weight", "sometimes.weight")])
+            if learned:
+                thresholds.append([callback.threshold(name) for name in ("net.0.weight", "sometimes.weight")])
 
     fit(model, Probe(callback), latents, Thresholds(), callback)
     assert_same(latents.rows[2], latents.rows[1])
     assert callback.state_dict()["steps"] == {0: 9}
-    if isinstance(callback, STR):
+    if learned:
         ours, theirs = zip(*thresholds, strict=True)
         assert len(set(ours)) == 9
         assert len(set(theirs)) == 1

@@ -20,8 +20,6 @@ from tests.helpers.models import Classifier
 from tests.helpers.ranks import find_port
 from tests.helpers.strategies import SETTINGS
 
-pytestmark = pytest.mark.xdist_group("kills")
-
 KILLED = -signal.SIGKILL
 KILLS = -(-200 // len(SETTINGS))  # of every strategy, so that there are 200 in all
 CHECKPOINTS, SMALLEST = 6, 25_000  # how many a training writes at least, of so many bytes

@@ -381,7 +381,6 @@ def train_on_ranks(folder):
 
 
 @pytest.mark.slow  # test_ranks.py trains the strategies that have noise
-@pytest.mark.xdist_group("ranks")
 def test_ranks_draw_the_same_noise_replicated_or_sharded(tmp_path):
     spawn(train_on_ranks, 2, tmp_path)
     ddp, fsdp = torch.load(tmp_path / "ddp"), torch.load(tmp_path / "fsdp")

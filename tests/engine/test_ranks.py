@@ -12,10 +12,8 @@ from tests.helpers.models import Loader, make_trainer
 from tests.helpers.ranks import SpreadClassifier, keep, spawn, train
 from tests.helpers.strategies import SETTINGS
 
-pytestmark = [
-    pytest.mark.xdist_group("ranks"),
-    pytest.mark.filterwarnings("ignore:`OptG` has pruned all"),  # ten weights in a layer that is hardly needed
-]
+# Ten weights in a layer that is hardly needed.
+pytestmark = pytest.mark.filterwarnings("ignore:`OptG` has pruned all")
 RESUMED = ("ST3", "AutoSparse", "GMP", "SparseTraining-masked")
 slow = pytest.mark.slow
 sizes = pytest.mark.parametrize("size", [2, pytest.param(4, marks=slow)], scope="module")

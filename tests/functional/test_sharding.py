@@ -13,7 +13,6 @@ from lightning_sparse.functional.sharding import is_sharded, positions, ranks_of
 from tests.helpers.assertions import assert_same
 from tests.helpers.ranks import spawn
 
-pytestmark = pytest.mark.xdist_group("ranks")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
