@@ -93,7 +93,7 @@ def test_flops():
 def test_values_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="Expected argument `sharpness` to be a finite number > 0, but got 0"):
         Spartan(sharpness=0)
-    with pytest.raises(ValueError, match="`initial_sharpness` to be a finite number >= 0, but got -1"):
+    with pytest.raises(ValueError, match="`initial_sharpness` to be a finite number > 0, but got -1"):
         Spartan(initial_sharpness=-1)
     with pytest.raises(ValueError, match="Expected argument `finetune` to be an int >= 0"):
         Spartan(finetune=1.5)
