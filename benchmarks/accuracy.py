@@ -97,8 +97,9 @@ def strategy(method, sparsity, seed, given):
     if method == "dense":
         return []
     cls = getattr(strategies, method)
-    common = {"sparsity": sparsity, "seed": seed, "verbose": False}
-    return [cls(**{name: common[name] for name in inspect.signature(cls).parameters if name in common}, **given)]
+    common = {"sparsity": sparsity, "seed": seed}
+    common = {name: common[name] for name in inspect.signature(cls).parameters if name in common}
+    return [cls(verbose=False, **common, **given)]
 
 
 def train(method, sparsity, seed, recipe, data):

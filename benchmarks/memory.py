@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from lightning_sparse import strategies
 
 LAYERS = 3
-COMMON = {"sparsity": SPARSITY, "start": 0, "end": 0, "verbose": False}
+COMMON = {"sparsity": SPARSITY, "start": 0, "end": 0}
 SETTINGS = {"GMP": {"end": 1.0, "initial_sparsity": SPARSITY, "update_every_n_steps": 1}}
 GOAL = 4 + 1 / 8  # a dense copy and a bit
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -98,7 +98,8 @@ def build(method):
         return []
     strategy = getattr(strategies, method)
     settings = COMMON | SETTINGS.get(method, {})
-    return [strategy(**{key: settings[key] for key in inspect.signature(strategy).parameters if key in settings})]
+    known = inspect.signature(strategy).parameters
+    return [strategy(verbose=False, **{key: value for key, value in settings.items() if key in known})]
 
 
 def run(*arguments):

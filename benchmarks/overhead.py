@@ -47,7 +47,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from cifar10 import ResNet20
 
 WARM_UP = 2  # rounds
-COMMON = {"sparsity": SPARSITY, "start": 0, "end": 0, "verbose": False}  # as far as a strategy has these arguments
+COMMON = {"sparsity": SPARSITY, "start": 0, "end": 0}  # as far as a strategy has these arguments
 SETTINGS = {"GMP": {"end": 1.0, "initial_sparsity": SPARSITY}}  # on the ramp, for its mask is frozen afterwards
 
 
@@ -174,7 +174,8 @@ def build(method):
         return []
     strategy = getattr(strategies, method)
     settings = COMMON | SETTINGS.get(method, {})
-    return [strategy(**{key: settings[key] for key in inspect.signature(strategy).parameters if key in settings})]
+    known = inspect.signature(strategy).parameters
+    return [strategy(verbose=False, **{key: value for key, value in settings.items() if key in known})]
 
 
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "_after_step", "end_batch")
