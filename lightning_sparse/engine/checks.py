@@ -71,16 +71,16 @@ def check_moment(name: str, value: Any) -> None:
         )
 
 
-def check_window(start: int | float, end: int | float, freeze: int | float | None = None) -> None:
-    """Refuse moments that are out of order, as far as that can be told without a Trainer."""
+def check_window(start: int | float, end: int | float, freeze: int | float | None = None, last: str = "freeze") -> None:
+    """Refuse moments that are out of order, as far as that can be told without a Trainer; ``last`` names the third."""
     check_moment("start", start)
     check_moment("end", end)
     if isinstance(start, int) == isinstance(end, int) and end < start:
         raise ValueError(f"Expected argument `end` to be no earlier than `start` = {start!r}, but got {end!r}.")
     if freeze is not None:
-        check_moment("freeze", freeze)
+        check_moment(last, freeze)
         if isinstance(freeze, int) == isinstance(end, int) and freeze < end:
-            raise ValueError(f"Expected argument `freeze` to be no earlier than `end` = {end!r}, but got {freeze!r}.")
+            raise ValueError(f"Expected argument `{last}` to be no earlier than `end` = {end!r}, but got {freeze!r}.")
 
 
 def check_decay(name: str, values: Mapping[int | float, float]) -> None:

@@ -57,7 +57,7 @@ class TrainingHooks(pl.Callback):
         self._attached = False
         self._first = First(self)
         self._watch = Watch()
-        self._done = 0
+        self._done, self._begun = 0, -1
         self._restored: dict[str, Any] | None = None
         self._steps = StepWatch()
 
@@ -91,7 +91,7 @@ class TrainingHooks(pl.Callback):
             return
         check_trainer(type(self).__name__, trainer)
         line_up(trainer, self._first, self)
-        self._max_epochs, self._attached = trainer.max_epochs, False
+        self._max_epochs, self._attached, self._begun = trainer.max_epochs, False, -1
         self._account = Account()
         self._restored = None  # what a test has loaded; what this fit resumes from is loaded later
 
@@ -163,10 +163,17 @@ class TrainingHooks(pl.Callback):
         self._attached = True
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the next of several trainings, if one is over, before other callbacks look at the model."""
+        """Choose and rewind what is chosen and rewound between epochs, before other callbacks look at the model."""
+        if self._begun == trainer.current_epoch or not self._trains(trainer):
+            return
+        self._begun = trainer.current_epoch
+        self._weights.bind(pl_module)
+        if self._weights.method.per_epoch and not self._weights.frozen:
+            self._tick(trainer, 0, trainer.current_epoch)
+            self._weights.choose(self._context())
+            self._weights.count()
         if self.rounds is None:
             return
-        self._weights.bind(pl_module)
         self._rewinder.keep(trainer, pl_module, self.rounds, trainer.current_epoch)
         over = self.rounds.ended(trainer.current_epoch, self._clock.epochs)
         if over > self._rewinder.done:
@@ -178,12 +185,7 @@ class TrainingHooks(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when a training epoch begins. Lets methods choose that do so now, keeps zeros in averaged weights."""
-        if self._weights.method.per_epoch and self._trains(trainer) and not self._weights.frozen:
-            self._tick(trainer, 0, trainer.current_epoch)
-            self._weights.bind(pl_module)
-            self._weights.choose(self._context())
-            self._weights.count()
+        """Called when a training epoch begins. Keeps the promised zeros if another callback averaged the weights."""
         self._weights.enforce()
 
     @override

@@ -13,7 +13,7 @@ class Watched(Protocol):
     """What is told before all other callbacks are."""
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """An epoch begins."""
+        """An epoch begins, or its first batch."""
 
     def end_noise(self) -> None:
         """No batch is being trained on."""
@@ -37,8 +37,16 @@ class First(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when a training epoch begins."""
+        """Called when a training epoch begins, but for one that is resumed from the last batch of the one before."""
         self.hooks.start_epoch(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch begins."""
+        if batch_idx == 0:
+            self.hooks.start_epoch(trainer, pl_module)
 
     @override
     def on_train_batch_end(

@@ -121,16 +121,16 @@ class ProbMask(SparseTraining):
         """Whether the network sees a sample: in training, of all weights but those that are to stay dense."""
         return context.training and (self.final_sparsity if latent.sparsity is None else latent.sparsity) != 0.0
 
-    def after_step(self, latent: Latent, lr: float, context: Context) -> None:
-        """Keep the probabilities probabilities as long as there is no budget to project them onto."""
-        if not self.schedule(context.progress):
+    def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
+        """Keep the probabilities probabilities where there is no budget to project them onto."""
+        for latent in latents if sparsity == 0.0 else ():
             latent.state["p"].detach().clamp_(0.0, 1.0)
+        return super().choose(latents, sparsity, context)
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Project the probabilities onto the budget, and keep the largest."""
         probabilities = [latent.state["p"].detach() for latent in latents]
-        total = sum(p.numel() for p in probabilities)
-        kept = total - round((sparsity or 0.0) * total)
+        kept = self.afford(latents, probabilities, sparsity or 0.0)
         shift = functional.budget_shift(probabilities, kept)
         for p in probabilities:
             p.sub_(shift).clamp_(0.0, 1.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
 from lightning_sparse.engine.callback import Common, SparseTraining
-from lightning_sparse.engine.checks import check_moment, check_number
+from lightning_sparse.engine.checks import check_number, check_window
 from lightning_sparse.engine.latent import Context, Latent
 
 __all__ = ["Spartan"]
@@ -83,7 +83,7 @@ class Spartan(SparseTraining):
     ) -> None:
         check_number("sharpness", sharpness, negative=False, zero=False)
         check_number("initial_sharpness", initial_sharpness, negative=False, zero=False)
-        check_moment("finetune", finetune)
+        check_window(start, end, finetune, last="finetune")
         super().__init__(sparsity, start=start, end=end, schedule="linear", distribution=distribution, **common)
         self.sharpness, self.initial_sharpness, self.finetune = sharpness, initial_sharpness, finetune
 

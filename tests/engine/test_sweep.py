@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import ACDC, DSR, MEST, SNFS, ST3, STR, OptG, SparseTraining, ST3Sigma
+from lightning_sparse import ACDC, DSR, MEST, SNFS, ST3, STR, AutoSparse, OptG, SparseTraining, ST3Sigma
 from lightning_sparse.functional import erdos_renyi
 from tests.helpers.assertions import assert_same, count_sparsity, describe, grows, project
 from tests.helpers.draw import configs, target_names
@@ -420,12 +420,18 @@ class Reckoner(Callback):
         elif self.sparse.threshold(names[0]) is None:
             assert abs(zeros - budget) <= 0.5 + 1e-6
         else:
-            scales = [sum(self.sparse.latent(n).shape) ** -0.5 if type(self.sparse) is ST3Sigma else 1.0 for n in names]
+            scales = [self.scale(name) for name in names]
             scores = [self.sparse.latent(n).double().abs().flatten() / s for n, s in zip(names, scales, strict=True)]
             expected = float(np.quantile(torch.cat(scores).numpy(), sparsity))
             rough = self.config.precision == "bf16-true"
             for name, scale in zip(names, scales, strict=True):
                 assert self.sparse.threshold(name) == pytest.approx(expected * scale, rel=1e-2 if rough else 1e-5)
+
+    def scale(self, name):
+        """In what proportion the thresholds of layers are."""
+        if isinstance(self.sparse, AutoSparse):
+            return float(self.sparse._find(name).state["s"].detach().double().sigmoid())
+        return sum(self.sparse.latent(name).shape) ** -0.5 if type(self.sparse) is ST3Sigma else 1.0
 
 
 def size(names, sparse):

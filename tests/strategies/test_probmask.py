@@ -5,7 +5,8 @@ import torch
 
 from lightning_sparse import ProbMask
 from lightning_sparse.functional import budget_shift, likeliest_masks, relaxed_mask, relaxed_mask_gradient
-from tests.helpers.side_by_side import WEIGHTS, assert_equal_training, hosts_and_dtypes
+from tests.helpers.models import make_trainer
+from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, hosts_and_dtypes, make_data
 from tests.helpers.spent import assert_spent
 from tests.reference import stochastic as reference
 
@@ -38,6 +39,21 @@ def test_training_without_fine_tuning_equals_autograd():
     sizes = [latent.theta.numel() for latent in callback._weights.latents.values()]
     total = sum(float(latent.state["p"].detach().sum()) for latent in callback._weights.latents.values())
     assert total <= sum(sizes) - round(0.6 * sum(sizes)) + 1e-9
+
+
+def test_layers_that_their_share_leaves_dense():
+    """Their probabilities have no budget, and yet stay probabilities."""
+    callback, net = (
+        ProbMask(0.1, start=0, end=0, freeze=12, distribution="er", score_lr=0.05, verbose=False),
+        Net(HOSTS["sgd"]),
+    )
+    make_trainer(callback, max_epochs=3).fit(net, make_data())
+    for name, latent in callback._weights.latents.items():
+        assert latent.state["p"].min() >= 0.0
+        assert latent.state["p"].max() <= 1.0
+        assert net.get_parameter(name).isfinite().all()
+    assert any(callback.mask(name).all() for name in WEIGHTS)
+    assert not all(callback.mask(name).all() for name in WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

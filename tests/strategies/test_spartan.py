@@ -97,3 +97,5 @@ def test_values_that_make_no_sense_are_refused():
         Spartan(initial_sharpness=-1)
     with pytest.raises(ValueError, match="Expected argument `finetune` to be an int >= 0"):
         Spartan(finetune=1.5)
+    with pytest.raises(ValueError, match=r"`finetune` to be no earlier than `end` = 0\.9, but got 0\.8"):
+        Spartan(end=0.9)
