@@ -131,6 +131,7 @@ def train(method, sparsity, seed, recipe, data):
         "test_accuracy": tested["test_accuracy"],
         "val_accuracy": logged["val_accuracy"],
         "seconds": round(seconds, 1),
+        "data": "CIFAR-10 (JPEG)" if Path(data.path).is_file() else "CIFAR-10",
         "machine": machine(),
         "torch": torch.__version__,
     }
@@ -195,7 +196,8 @@ def show(lines, output):
     recipes = over_seeds(lines)
     titles = ["method", "asked", "sparsity", "test accuracy", "validation", "inference FLOPs", "training FLOPs"]
     titles += ["minutes", "seeds", "arguments"]
-    parts = [f"Recipe: {recipe}.\n\n{table(titles, map(row, results))}" for recipe, results in recipes.items()]
+    parts = [f"ResNet-20 on {' and '.join(sorted({line['data'] for line in lines}))}, of each run the last model."]
+    parts += [f"Recipe: {recipe}.\n\n{table(titles, map(row, results))}" for recipe, results in recipes.items()]
     machines = "; ".join(sorted({f"{line['machine']}, torch {line['torch']}" for line in lines}))
     parts.append(f"FLOPs are theoretical and relative to dense. Trained on {machines}.")
     if output:
@@ -221,6 +223,9 @@ def draw(recipes, path):
                 point = 100 * result[name], accuracy, 100 * result["spread"]
                 axes.errorbar(*point, color=color, marker=marker, capsize=3, linestyle="", label=result["method"])
             axes.set_xlabel(title)
+            axes.ticklabel_format(useOffset=False)
+            low, high = axes.get_xlim()
+            axes.set_xlim(min(low, high - 2), max(high, low + 2))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
         line[0].set(ylabel="test accuracy [%]", title=recipe)
