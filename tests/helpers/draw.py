@@ -70,8 +70,13 @@ def arguments(draw: Any, strategy: str, names: list[str], fractions: int) -> dic
         "initial_sparsity": st.sampled_from([0.0, 0.05]).filter(lambda s: s <= kwargs["sparsity"]),
         "schedule": st.sampled_from(shapes),
         "distribution": st.sampled_from(
-            # Budgets that follow the weights are not known beforehand.
-            [d for d in get_args(get_type_hints(method.__init__).get("distribution")) if d != "lamp"] or ["global"]
+            # Budgets that follow the weights, or that a minimum changes, are not known beforehand.
+            [
+                share
+                for share in get_args(get_type_hints(method.__init__).get("distribution"))
+                if share != "lamp" and (most == 1.0 or share in ("global", "uniform"))
+            ]
+            or ["global"]
         ),
         "projection": st.sampled_from(["hard", "soft"]),
         "gradient": st.sampled_from(["straight_through", "masked"]),
