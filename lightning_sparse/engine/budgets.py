@@ -9,12 +9,11 @@ from typing import TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_sparse import functional
 from lightning_sparse.engine.hooks import TrainingHooks
 from lightning_sparse.engine.latent import Context, Latent
-from lightning_sparse.engine.targets import Target
+from lightning_sparse.engine.targets import Target, has_inputs_first
 from lightning_sparse.engine.units import Budget
 
 __all__ = ["BudgetedTraining"]
@@ -42,11 +41,15 @@ class BudgetedTraining(TrainingHooks):
         given = {unit: amount for unit, amount in units.items() if amount is not None}
         if not given:
             return None
-        parameter = inspect.signature(type(self)).parameters.get("sparsity")
-        if len(given) > 1 or (sparsity is not None and (parameter is None or sparsity != parameter.default)):
+        if len(given) > 1 or self._is_explicit(sparsity):
             also = given if sparsity is None else {"sparsity": sparsity, **given}
             raise ValueError(f"Expected one argument for the budget, but got {also}. Keep one of them.")
         return Budget(*next(iter(given.items())))
+
+    def _is_explicit(self, sparsity: float | None) -> bool:
+        """Whether a sparsity is not just the default of the method."""
+        parameter = inspect.signature(type(self)).parameters.get("sparsity")
+        return sparsity is not None and (parameter is None or sparsity != parameter.default)
 
     def _check_pattern(
         self,
@@ -63,10 +66,8 @@ class BudgetedTraining(TrainingHooks):
             )
         if pattern.sparsity is None:
             return sparsity
-        parameter = inspect.signature(type(self)).parameters.get("sparsity")
         own = [settings for settings in (overrides or {}).values() if settings is not None]
-        explicit = sparsity is not None and (parameter is None or sparsity != parameter.default)
-        if self.unit is not None or own or (explicit and sparsity != pattern.sparsity):
+        if self.unit is not None or own or (self._is_explicit(sparsity) and sparsity != pattern.sparsity):
             raise ValueError(
                 f"Expected no other budget beside the pattern {pattern.name!r}, whose sparsity is"
                 f" {pattern.sparsity:g}, but got {self.unit or own or sparsity}. Leave that out."
@@ -86,7 +87,7 @@ class BudgetedTraining(TrainingHooks):
         if self.pattern is None or not verdict.treated:
             return verdict
         layer, shape = module.get_submodule(verdict.path.rpartition(".")[0]), tuple(verdict.parameter.shape)
-        if isinstance(layer, _ConvTransposeNd) or "Conv1D" in {cls.__name__ for cls in type(layer).__mro__}:
+        if has_inputs_first(layer):
             reason = f"{type(layer).__name__} has its inputs first, which {self.pattern.name} does not serve"
         elif not self.pattern.fits(shape):
             reason = f"{'×'.join(map(str, shape))} does not divide into {self.pattern.name}"
@@ -141,14 +142,12 @@ class BudgetedTraining(TrainingHooks):
 
     def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Select among weights that share a budget, so that none of them falls below its minimum."""
-        if sparsity == 0.0:
-            return [{} for _ in latents]
+
+        def allocate(some: Sequence[Latent], sparsity: float | None) -> list[dict[str, Tensor]]:
+            return [{} for _ in some] if sparsity == 0.0 else self.select(some, sparsity, context)
+
         if not self.minimum_density or sparsity is None:
-            return self.select(latents, sparsity, context)
-
-        def allocate(some: Sequence[Latent], sparsity: float) -> list[dict[str, Tensor]]:
-            return self.select(some, sparsity, context) if sparsity else [{} for _ in some]
-
+            return allocate(latents, sparsity)
         return hold_minimum(latents, sparsity, self.minimum_density, allocate, _count_kept)
 
     # -- what other programs read --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparse.engine.checks import check_patterns
 
-__all__ = ["Overrides", "Target", "find_targets"]
+__all__ = ["Overrides", "Target", "find_targets", "has_inputs_first"]
 
 # Per pattern: settings of the weights that match it, or None to leave them dense.
 Overrides = Mapping[str, Mapping[str, float] | None]
@@ -99,6 +99,12 @@ def find_targets(
             found = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in matching[:4])
             raise ValueError(f"Expected `overrides[{pattern!r}]` to match a weight made sparse, but got {found}.")
     return verdicts
+
+
+def has_inputs_first(layer: nn.Module) -> bool:
+    """Whether dimension 0 of a layer's weight counts inputs: of transposed convolutions and Hugging Face `Conv1D`."""
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return transposed or any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sparse.engine.latent import Latent, pack_bits
+from lightning_sparse.engine.targets import has_inputs_first
 from lightning_sparse.functional.sharding import whole
 
 __all__ = ["Watch", "dead_outputs"]
@@ -158,6 +159,5 @@ def _ones(packed: Tensor) -> int:
 
 def _outputs(layer: nn.Module) -> tuple[int, int]:
     """The dimension of a layer's weight that counts outputs, and how many groups have outputs of their own."""
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return 1, layer.groups
-    return int(isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"), 1
+    groups = layer.groups if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+    return int(isinstance(layer, nn.Embedding) or has_inputs_first(layer)), groups
