@@ -28,6 +28,8 @@ from lightning_sparse import (
     TopKAST,
     TopKGradientAnnealing,
 )
+from lightning_sparse.engine.budgets import hold_minimum
+from lightning_sparse.engine.latent import Latent
 from lightning_sparse.flops import count_flops
 from lightning_sparse.functional.sharding import whole
 from tests.helpers.assertions import assert_same
@@ -387,3 +389,13 @@ def test_a_resumed_run_keeps_to_the_budget(tmp_path):
         return {**model.state_dict(), **callback.metrics()}
 
     assert_same(once(), once(ckpt_path=tmp_path / "half.ckpt"))
+
+
+def test_a_layer_that_is_one_weight_short_is_held():
+    """The other gives up what is left of the budget: 12 of 20 weights go, 7 of them here."""
+    latents = [Latent(name, name, torch.zeros(10), None) for name in ("short", "other")]
+
+    def allocate(some, sparsity):
+        return [2 if len(some) == 2 and x.name == "short" else round((1 - sparsity) * 10) for x in some]
+
+    assert hold_minimum(latents, 0.6, 0.3, allocate, lambda latent, kept: kept) == [3, 5]
