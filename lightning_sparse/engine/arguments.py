@@ -13,6 +13,8 @@ class Common(TypedDict, total=False):
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own, where the method has a budget) or None (stay
             dense).
+        compact_optimizer_state: Whether the optimizer forgets pruned weights once the mask stays as it is, where the
+            method has such a moment.
         log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
     """
@@ -20,6 +22,7 @@ class Common(TypedDict, total=False):
     targets: list[str] | None
     ignore: list[str] | None
     overrides: dict[str, dict[str, float] | None] | None
+    compact_optimizer_state: bool
     log_layers: bool
     verbose: bool
 
@@ -39,6 +42,8 @@ class Budgeted(Common, total=False):
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        compact_optimizer_state: Whether the optimizer forgets pruned weights once the mask stays as it is, where the
+            method has such a moment.
         log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
     """
@@ -63,6 +68,8 @@ class Patterned(Budgeted, total=False):
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        compact_optimizer_state: Whether the optimizer forgets pruned weights once the mask stays as it is, where the
+            method has such a moment.
         log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
     """

@@ -65,6 +65,8 @@ class SparseTraining(BudgetedTraining):
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
+        compact_optimizer_state: Whether the optimizer forgets pruned weights once the mask stays as it is: between
+            steps its state has the kept ones only. Checkpoints hold it in full, and the weights are the same.
         log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
 
@@ -97,6 +99,8 @@ class SparseTraining(BudgetedTraining):
     card: ClassVar[Card]
     # False where pruned latent weights are zero, so that the parameter itself serves as the latent tensor.
     keeps_latent: bool = True
+    # Whether the mask of the beginning stays as it is.
+    keeps_mask: bool = False
     # Whether w equals theta on the kept weights, so that a checkpoint need only hold theta where w is zero.
     exact_on_kept: bool = False
     # Whether selecting takes the dense gradient at the sparse weights, and takes the place of the optimizer's step.
@@ -139,6 +143,7 @@ class SparseTraining(BudgetedTraining):
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         overrides: dict[str, dict[str, float] | None] | None = None,
+        compact_optimizer_state: bool = False,
         log_layers: bool = False,
         verbose: bool = True,
     ) -> None:
@@ -172,6 +177,12 @@ class SparseTraining(BudgetedTraining):
         self.update_every_n_steps = update_every_n_steps
         self.threshold_weight_decay = threshold_weight_decay
         self.patterns: dict[str, Any] = {"targets": targets, "ignore": ignore, "overrides": overrides}
+        if compact_optimizer_state and freeze is None and not self.keeps_mask:
+            raise ValueError(
+                "Expected argument `compact_optimizer_state` to be False where the mask is never frozen, but got True."
+                " Set `freeze`, where the method has it."
+            )
+        self.compact_optimizer_state = compact_optimizer_state
         self.log_layers, self.verbose = log_layers, verbose
 
         super().__init__(LatentWeights(self))

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_sparse.engine.account import Account, batch_size, replicas
 from lightning_sparse.engine.agreement import check_agreement
 from lightning_sparse.engine.clock import Clock
+from lightning_sparse.engine.compact import CompactState
 from lightning_sparse.engine.latent import Context
 from lightning_sparse.engine.order import First, callbacks, line_up
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
@@ -60,6 +61,7 @@ class TrainingHooks(pl.Callback):
         self._done, self._begun = 0, -1
         self._restored: dict[str, Any] | None = None
         self._steps = StepWatch()
+        self._compact = CompactState()
 
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged each epoch."""
@@ -102,7 +104,7 @@ class TrainingHooks(pl.Callback):
             trainer.fit_loop.setup_data()  # the sanity check comes before the length of an epoch is known
             self._set_clock(trainer)
         method, verdicts = type(self).__name__, self._verdicts(pl_module)
-        check_optimizers(method, trainer.optimizers)
+        check_optimizers(method, trainer.optimizers, verdicts, compact=self._weights.method.compact_optimizer_state)
         check_weights(method, verdicts)
         for other in callbacks(trainer):
             if isinstance(other, TrainingHooks) and other is not self:
@@ -195,6 +197,9 @@ class TrainingHooks(pl.Callback):
         """Called when a training batch begins. Sets the clock to the end of this batch."""
         self._attach(trainer, pl_module)  # a learning rate finder may have restored a checkpoint meanwhile
         self._steps.follow(trainer.optimizers, lambda optimizer: self._after_step(trainer, optimizer))
+        if self._weights.compact:
+            self._weights.bind(pl_module)
+            self._compact.follow(trainer.optimizers, self._weights.latents.values())
         self._tick(trainer, batch_idx + 1, trainer.current_epoch)
         self._account.open(pl_module)
         if self._weights.method.stochastic and self._trains(trainer):
@@ -243,11 +248,8 @@ class TrainingHooks(pl.Callback):
         self._price()
         self._account.spend(batch_size(batch) * replicas(trainer))
         self._weights.settle(self._context())
-        if (
-            self.freeze is not None
-            and not self._weights.frozen
-            and self._position > self._clock.at(self.freeze, "freeze")
-        ):
+        moment = None if self.freeze is None or self._weights.frozen else self._clock.at(self.freeze, "freeze")
+        if moment is not None and self._position > moment:
             self._weights.freeze(self._context())
         self._weights.count()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -308,6 +310,7 @@ class TrainingHooks(pl.Callback):
     def _detach(self, trainer: pl.Trainer) -> None:
         self._account.abandon()
         self._steps.release()
+        self._compact.release()
         trainer.callbacks = [callback for callback in callbacks(trainer) if callback is not self._first]  # type: ignore[attr-defined]
 
     @override
@@ -390,7 +393,7 @@ class TrainingHooks(pl.Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Lightning leaves methods of the model in `log` and `log_dict`: a copy would hold a copy of the model.
         state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_module": None, "_steps": StepWatch()}
+        return {**state, "_module": None, "_steps": StepWatch(), "_compact": CompactState()}
 
     def __copy__(self) -> Self:
         return deepcopy(self)  # the parts of a callback refer to it

@@ -14,6 +14,8 @@ class Method(Protocol):
     """What a method answers; see :class:`~lightning_sparse.engine.callback.SparseTraining`."""
 
     keeps_latent: bool
+    keeps_mask: bool
+    compact_optimizer_state: bool
     exact_on_kept: bool
     needs_gradient: bool
     replaces_step: bool

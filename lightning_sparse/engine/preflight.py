@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import LBFGS, Optimizer
 
+from lightning_sparse.engine.compact import ELEMENTWISE
 from lightning_sparse.engine.targets import Target
 from lightning_sparse.functional import count_nonzeros
 
@@ -28,13 +29,24 @@ def check_trainer(method: str, trainer: pl.Trainer) -> None:
         )
 
 
-def check_optimizers(method: str, optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that evaluate the model more than once a step."""
+def check_optimizers(
+    method: str, optimizers: Iterable[Optimizer], verdicts: Iterable[Target], *, compact: bool
+) -> None:
+    """Refuse optimizers that evaluate the model more than once a step, or whose state cannot be ``compact``."""
+    optimizers, targets = list(optimizers), {verdict.parameter for verdict in verdicts if verdict.treated}
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
             f"`{method}` cannot train with `LBFGS`, which evaluates the model more than once a step."
             " Use an optimizer that evaluates it once, such as SGD or AdamW."
         )
+    for optimizer in optimizers if compact else ():
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if type(optimizer) not in ELEMENTWISE and held & targets:
+            raise MisconfigurationException(
+                f"`{method}` cannot keep a compact state of `{type(optimizer).__name__}`, which may look at all entries"
+                f" of a weight at once. Use {', '.join(kind.__name__ for kind in ELEMENTWISE[:-1])} or"
+                f" {ELEMENTWISE[-1].__name__} of torch.optim, or leave out `compact_optimizer_state`."
+            )
 
 
 def check_weights(method: str, verdicts: Sequence[Target]) -> None:

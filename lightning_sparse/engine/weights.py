@@ -137,8 +137,6 @@ class LatentWeights:
         for latent in latents:
             latent.seed = int(torch.randint(1 << 62, (), generator=self.generator))
 
-    # -- one epoch ----------------------------------------------------------------------------------------------------
-
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -322,6 +320,11 @@ class LatentWeights:
         for latent in self.latents.values():
             mask = latent.mask
             latent.state, latent.dense = {"mask": mask}, None
+
+    @property
+    def compact(self) -> bool:
+        """Whether nobody will ask any more what an optimizer remembers of pruned weights."""
+        return self.method.compact_optimizer_state and (self.frozen or self.method.keeps_mask)
 
     @torch.no_grad()
     def enforce(self, tensors: dict[str, Tensor] | None = None) -> None:

@@ -45,6 +45,7 @@ class KeepMask(SparseTraining):
         allocation="that of the model given",
     )
     keeps_latent = False
+    keeps_mask = True
 
     def __init__(self, **common: Unpack[Common]) -> None:
         super().__init__(None, start=0, end=0, gradient="masked", **common)

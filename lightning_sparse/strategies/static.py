@@ -29,6 +29,7 @@ class StaticSparsity(SparseToSparse):
     """
 
     card = SparseToSparse.card
+    keeps_mask = True
 
     def __init__(
         self,

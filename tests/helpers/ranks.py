@@ -92,9 +92,16 @@ def held(model: nn.Module, sparse: SparseTraining) -> dict[str, dict[str, torch.
     }
 
 
-def train(name: str, layout: str, save: Path | None = None, resume: Path | None = None) -> dict[str, Any]:
+def train(
+    name: str,
+    layout: str,
+    save: Path | None = None,
+    resume: Path | None = None,
+    model: Classifier | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
     """Train on the same global batches, which the ranks of a data-parallel group share out."""
-    callback, batches = SETTINGS[name].build(), Loader(batches=8)
+    callback, batches = SETTINGS[name].build(**kwargs), Loader(batches=8)
     flags: dict[str, Any] = {}
     if layout != "one":
         size = (
@@ -111,7 +118,7 @@ def train(name: str, layout: str, save: Path | None = None, resume: Path | None 
         (torch.cat(images[i : i + 4]).chunk(replicas)[rank], torch.cat(labels[i : i + 4]).chunk(replicas)[rank])
         for i in (0, 4)
     ]
-    agreement, model = Agreement(callback), SpreadClassifier()
+    agreement, model = Agreement(callback), model or SpreadClassifier()
     saver = [] if save is None else [SaveAtEpoch(save)]
     make_trainer(agreement, callback, *saver, **flags).fit(model, batches, Loader(), ckpt_path=resume)
     return {**held(model, callback), "metrics": callback.metrics(), "compared": agreement.compared}
