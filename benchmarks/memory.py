@@ -3,15 +3,17 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --methods ST3 --width 4096
 
-Each run trains an MLP of three equal square layers in a process of its own. The table gives the highest resident
+Each run trains an MLP of three equal square layers in a process of its own. The first table gives the highest resident
 memory of the process beyond that of the dense run, and the memory that it holds between two steps, both in bytes per
-targeted weight. A dense copy in float32 is 4 bytes, a mask of single bits 1/8 byte.
+targeted weight. A dense copy in float32 is 4 bytes, a mask of single bits 1/8 byte. The second table gives all memory
+in these units, gradients included, where the optimizer keeps its state in full or with `compact_optimizer_state`.
 
 glibc is told to return to the system at once what has been freed (`MALLOC_MMAP_THRESHOLD_`, `MALLOC_ARENA_MAX`), so
 that resident memory is what the tensors take. Linux only.
 """
 
 import argparse
+import functools
 import gc
 import inspect
 import json
@@ -36,20 +38,22 @@ COMMON = {"sparsity": SPARSITY, "start": 0, "end": 0}
 SETTINGS = {"GMP": {"end": 1.0, "initial_sparsity": SPARSITY, "update_every_n_steps": 1}}
 GOAL = 4 + 1 / 8  # a dense copy and a bit
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+OPTIMIZERS = {"SGD": functools.partial(torch.optim.SGD, momentum=0.9), "AdamW": torch.optim.AdamW}
 STEPS = (20, 200)  # before which resident memory is read
 FITS = (1, 5, 10)
 
 
 class Model(L.LightningModule):
-    def __init__(self, width):
+    def __init__(self, width, optimizer="SGD"):
         super().__init__()
+        self.make_optimizer = OPTIMIZERS[optimizer]
         self.network = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
 
     def training_step(self, batch, batch_idx):
         return self.network(batch).square().mean()
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        return self.make_optimizer(self.parameters(), lr=0.01)
 
 
 class Watch(L.Callback):
@@ -69,12 +73,12 @@ def resident(field="VmRSS"):
     return 1024 * int(line.split()[1])
 
 
-def train(method, width, steps, fits):
+def train(method, width, steps, fits, optimizer="SGD", compact=False):
     """Train in this process and return its memory: highest, after some steps of the first fit, after some fits."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
-    model, watch, after = Model(width), Watch(), {}
-    callbacks = BASELINES[method](model.network) if method in BASELINES else build(method)
+    model, watch, after = Model(width, optimizer), Watch(), {}
+    callbacks = BASELINES[method](model.network) if method in BASELINES else build(method, compact)
     for fit in range(1, fits + 1):
         batches = torch.randn(steps if fit == 1 else 3, 1, width)
         trainer = L.Trainer(
@@ -93,13 +97,14 @@ def train(method, width, steps, fits):
     return {"peak": resident("VmHWM"), "steps": watch.resident, "fits": after}
 
 
-def build(method):
+def build(method, compact):
     if method == "dense":
         return []
     strategy = getattr(strategies, method)
     settings = COMMON | SETTINGS.get(method, {})
     known = inspect.signature(strategy).parameters
-    return [strategy(verbose=False, **{key: value for key, value in settings.items() if key in known})]
+    known = {key: value for key, value in settings.items() if key in known}
+    return [strategy(verbose=False, **known, **({"compact_optimizer_state": True} if compact else {}))]
 
 
 def run(*arguments):
@@ -118,10 +123,20 @@ def extra(methods, width):
     return table(["bytes per targeted weight", "between steps", "at most", "goal"], rows)
 
 
-def per_weight(method, width):
+def fixed(width):
+    """Table of all memory under a mask that stays as it is, by what the optimizer keeps."""
+    rows = []
+    for optimizer in OPTIMIZERS:
+        for kept, compact in (("full", ""), ("compact", "compact")):
+            found = per_weight("StaticSparsity", width, optimizer, compact)
+            rows.append([f"{optimizer}, {kept} state", *(f"{each:.2f}" for each in found)])
+    return table(["bytes per targeted weight", "between steps", "at most"], rows)
+
+
+def per_weight(method, width, *settings):
     """Bytes per weight between steps and at most: of two widths, so that what is constant falls out."""
     step, small = str(STEPS[0]), width // 4
-    large, little = (run(method, each, STEPS[0] + 1, 1) for each in (width, small))
+    large, little = (run(method, each, STEPS[0] + 1, 1, *settings) for each in (width, small))
     weights = LAYERS * (width**2 - small**2)
     return (large["steps"][step] - little["steps"][step]) / weights, (large["peak"] - little["peak"]) / weights
 
@@ -144,14 +159,17 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--width", type=int, default=2048, help="of the layers of the first table")
     parser.add_argument("--output", help="markdown file to write the tables to")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        method, *numbers = args.run
-        print(json.dumps(train(method, *map(int, numbers))))
+        method, width, steps, fits, *settings = args.run
+        print(json.dumps(train(method, int(width), int(steps), int(fits), *settings)))
         return
     text = f"Beyond dense training of {LAYERS} × {args.width}² weights with SGD and momentum:\n\n"
-    text += f"{extra(args.methods, args.width)}\n\nOver time, {LAYERS} × {args.width // 4}² weights"
+    text += f"{extra(args.methods, args.width)}\n\n"
+    text += f"All of it, at {SPARSITY:.0%} sparsity under a mask that stays as it is,"
+    text += " with `compact_optimizer_state` and without; while an optimizer steps, its state is full:\n\n"
+    text += f"{fixed(args.width)}\n\nOver time, {LAYERS} × {args.width // 4}² weights"
     text += f" ({4 * LAYERS * (args.width // 4) ** 2 / 2**20:.0f} MB):\n\n{growth(args.methods, args.width // 4)}"
     publish("What training needs in memory", text, args.output)
 
