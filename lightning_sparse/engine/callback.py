@@ -66,7 +66,8 @@ class SparseTraining(BudgetedTraining):
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
         compact_optimizer_state: Whether the optimizer forgets pruned weights once the mask stays as it is: between
-            steps its state has the kept ones only. Checkpoints hold it in full, and the weights are the same.
+            steps its state has the kept ones only. Checkpoints hold it in full, and the weights are the same. Each step
+            writes the full state anew, which takes time.
         log_layers: Also log sparsity, threshold, dead outputs and overlap of successive masks of every weight.
         verbose: Print a table of the targets before training and a summary after it.
 
