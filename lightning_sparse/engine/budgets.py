@@ -32,6 +32,7 @@ class BudgetedTraining(TrainingHooks):
     schedule: Callable[[float], float]
     unit: Budget | None
     pattern: functional.Pattern | None
+    serves_patterns: bool
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Choose what lives among weights that share a budget."""
@@ -55,14 +56,14 @@ class BudgetedTraining(TrainingHooks):
         self,
         pattern: functional.Pattern,
         sparsity: float | None,
-        projection: str,
         distribution: str,
         overrides: Mapping[str, Mapping[str, float] | None] | None,
     ) -> float | None:
         """The sparsity that a pattern leaves to the method, or sets."""
-        if projection != "hard":
+        if not self.serves_patterns:
             raise ValueError(
-                f"Expected argument `pattern` to be 'unstructured' where thresholds are soft, but got {pattern.name!r}."
+                f"Expected argument `pattern` to be 'unstructured' for `{type(self).__name__}`, but got"
+                f" {pattern.name!r}. Use a method that takes patterns, such as `ST3` or `GMP`."
             )
         if pattern.sparsity is None:
             return sparsity
@@ -98,6 +99,7 @@ class BudgetedTraining(TrainingHooks):
     def appraise(self, latents: Sequence[Latent]) -> None:
         """Find what weights cost, and from that the fraction of the costs to remove, if the budget is no sparsity."""
         for latent in latents:
+            latent.pattern = self.pattern
             latent.group = 1 if self.pattern is None else self.pattern.group(latent.weight.shape)
         module = self._module_now()
         if self.unit is not None and module is not None:
@@ -218,7 +220,7 @@ def _count_kept(latent: Latent, selection: Mapping[str, Tensor]) -> int:
     """How many weights a selection keeps."""
     if not selection:
         return latent.weight.numel()
-    mask = selection["mask"] if "mask" in selection else functional.exceeds(latent.theta, selection["threshold"])
+    mask = selection["mask"] if "mask" in selection else latent.exceeding(selection["threshold"])
     return int(functional.count_nonzeros([mask]))
 
 

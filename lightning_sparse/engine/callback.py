@@ -1,8 +1,10 @@
 """The callback that trains a sparse model, and what a method is made of."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_sparse import functional
@@ -58,10 +60,11 @@ class SparseTraining(BudgetedTraining):
         parameters: In place of ``sparsity``, the number of parameters of the model that may remain.
         bytes: In place of ``sparsity``, the size of the stored model, see :class:`Budgeted`.
         minimum_density: Fraction of each layer that is kept at least, in ``[0, 1)``; the others make up for it.
-        pattern: Which weights live or die together, where the projection is ``"hard"``: ``"unstructured"`` (none),
-            ``"n:m"``, ``"block:AxB"`` or ``"channel"``, see :func:`~lightning_sparse.functional.parse_pattern`. Groups
-            compete by their mean magnitude. With ``"n:m"`` weights compete until each m inputs have n left, so that the
-            final sparsity is 1 - n/m. Weights that do not divide stay dense.
+        pattern: Which weights live or die together: ``"unstructured"`` (none), ``"n:m"``, ``"block:AxB"`` or
+            ``"channel"``, see :func:`~lightning_sparse.functional.parse_pattern`. Groups compete by their mean
+            magnitude, or where the projection is ``"soft"`` by their norm, which the threshold shrinks (see
+            :func:`~lightning_sparse.functional.group_soft_threshold`). With ``"n:m"`` weights compete until each m
+            inputs have n left, so that the final sparsity is 1 - n/m. Weights that do not divide stay dense.
         targets: Patterns of the weights to treat, see :func:`~lightning_sparse.engine.targets.find_targets`.
         ignore: Patterns of weights to leave dense.
         overrides: Per pattern ``{"sparsity": ...}`` (a budget of its own) or None (stay dense).
@@ -113,6 +116,8 @@ class SparseTraining(BudgetedTraining):
     reset_optimizer_state: bool = False
     # Whether scores are compared with their signs.
     signed: bool = False
+    # Whether weights may live or die in groups.
+    serves_patterns: bool = True
     # Of the random numbers of the method.
     seed: int = 0
     # Whether the network sees noisy weights while it trains on a batch.
@@ -169,7 +174,7 @@ class SparseTraining(BudgetedTraining):
         check_overrides(overrides, budget=sparsity is not None or self.unit is not None)
         self.pattern = None if pattern == "unstructured" else functional.parse_pattern(pattern)
         if self.pattern is not None:
-            sparsity = self._check_pattern(self.pattern, sparsity, projection, distribution, overrides)
+            sparsity = self._check_pattern(self.pattern, sparsity, distribution, overrides)
         self.final_sparsity, self.initial_sparsity = None if self.unit else sparsity, initial_sparsity
         self.minimum_density, self.goal = minimum_density, str(self.unit or sparsity)
         self.start, self.end, self.freeze = start, end, freeze
@@ -227,31 +232,49 @@ class SparseTraining(BudgetedTraining):
         """
         scores, scales = [self.score(latent) for latent in latents], [self.scale(latent) for latent in latents]
         scaled = () if set(scales) == {1.0} else scales
+        hard = self.projection == "hard"
         if self.pattern is not None:
-            groups = [functional.group_scores(score, self.pattern) for score in scores]
-            masks = functional.topk_masks(groups, self.afford(latents, groups, sparsity or 0.0))
+            compare = functional.group_scores if hard else functional.vanishing_thresholds
+            scores = [compare(score, self.pattern) for score in scores]
+        if hard:
+            masks = functional.topk_masks(scores, self.afford(latents, scores, sparsity or 0.0), signed=self.signed)
+            if self.pattern is None:
+                return [{"mask": mask} for mask in masks]
             pairs = zip(masks, latents, strict=True)
             return [{"mask": functional.spread_groups(mask, latent.theta, self.pattern)} for mask, latent in pairs]
-        kept = self.afford(latents, scores, sparsity or 0.0, scaled)
-        if self.projection == "hard":
-            return [{"mask": mask} for mask in functional.topk_masks(scores, kept, signed=self.signed)]
-        share, near = sparsity or 0.0, latents[0].state.get("threshold")
-        if len({latent.cost for latent in latents}) > 1:
-            share = 1.0 - kept / sum(score.numel() for score in scores)
+        share, near = self._share(latents, scores, sparsity or 0.0, scaled), latents[0].state.get("threshold")
         near = None if near is None else near / scales[0]
-        threshold = functional.magnitude_quantile(scores, share, near=near, scales=scaled)
+        threshold = torch.tensor(math.inf)  # all that a pattern allows to go
+        if share < 1.0:
+            threshold = functional.magnitude_quantile(scores, share, near=near, scales=scaled)
         return [
-            {"threshold": (threshold * scale).to(latent.theta.dtype)}
-            for latent, scale in zip(latents, scales, strict=True)
+            {"threshold": (threshold * scale).to(score.device, score.dtype)}
+            for score, scale in zip(scores, scales, strict=True)
         ]
+
+    def _share(
+        self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float]
+    ) -> float:
+        """Fraction of the scores that a soft threshold has to remove."""
+        if self.pattern is not None and self.pattern.within:
+            return sparsity / (self.pattern.sparsity or 1.0)  # as only so many may go
+        if self._same_price(latents):
+            return sparsity
+        return 1.0 - self.afford(latents, scores, sparsity, scales) / sum(score.numel() for score in scores)
+
+    def _same_price(self, latents: Sequence[Latent]) -> bool:
+        """Whether a fraction of the scores is that fraction of the budget."""
+        # A budget in another unit is never exceeded, be it by half of a group.
+        return len({latent.cost * latent.group for latent in latents}) == 1 and (
+            self.unit is None or self.pattern is None
+        )
 
     def afford(
         self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float] = ()
     ) -> int:
         """How many of the largest scores may be kept, to give up a fraction of what all weights cost."""
         costs = [latent.cost * latent.group for latent in latents]
-        # A budget in another unit is never exceeded, be it by half of a group.
-        if len(set(costs)) == 1 and (self.unit is None or self.pattern is None):
+        if self._same_price(latents):
             total = sum(score.numel() for score in scores)
             return total - round(sparsity * total)
         total = sum(cost * score.numel() for cost, score in zip(costs, scores, strict=True))
@@ -266,6 +289,8 @@ class SparseTraining(BudgetedTraining):
         """
         if "mask" in latent.state:
             functional.hard_threshold(latent.theta, latent.state["mask"], out=out)
+        elif "threshold" in latent.state and self.pattern is not None:
+            functional.group_soft_threshold(latent.theta, self.pattern, latent.state["threshold"], out=out)
         elif "threshold" in latent.state:
             functional.soft_threshold(latent.theta, latent.state["threshold"], out=out)
         else:

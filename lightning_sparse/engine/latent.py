@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional import exceeds, hard_threshold
+from lightning_sparse.functional import Pattern, exceeds, group_exceeds, hard_threshold
 from lightning_sparse.functional.sharding import is_sharded, spread, whole
 
 __all__ = ["Context", "Latent", "pack_bits"]
@@ -28,6 +28,7 @@ class Latent:
         sparsity: Own budget, if it does not share the common one.
         cost: What one kept weight takes from the budget.
         group: How many weights live or die together.
+        pattern: Which, if not each by itself.
         grad: Dense gradient at the sparse weight, while the method selects and if it asks for that
             (``needs_gradient``).
         stepped: Whether an optimizer has just stepped this weight, while the method selects.
@@ -43,6 +44,7 @@ class Latent:
     sparsity: float | None = None
     cost: int = 1
     group: int = 1
+    pattern: Pattern | None = None
     grad: Tensor | None = None
     stepped: bool = False
     slots: Mapping[str, Any] = field(default_factory=dict)
@@ -59,8 +61,14 @@ class Latent:
         if "mask" in self.state:
             return self.state["mask"]
         if "threshold" in self.state:
-            return exceeds(self.theta, self.state["threshold"])
+            return self.exceeding(self.state["threshold"])
         return torch.ones_like(self.theta, dtype=torch.bool)
+
+    def exceeding(self, threshold: Tensor) -> Tensor:
+        """What a soft threshold keeps, bool, True = kept."""
+        if self.pattern is None:
+            return exceeds(self.theta, threshold)
+        return group_exceeds(self.theta, self.pattern, threshold)
 
     @property
     def learned(self) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from lightning_sparse.functional.gradients import (
 from lightning_sparse.functional.measures import count_nonzeros, sparsity, sum_magnitudes
 from lightning_sparse.functional.patterns import (
     Pattern,
+    group_exceeds,
     group_scores,
     group_soft_threshold,
     parse_pattern,
     spread_groups,
+    vanishing_thresholds,
 )
 from lightning_sparse.functional.powers import power_gradient, signed_power
 from lightning_sparse.functional.probabilities import (
@@ -55,6 +57,7 @@ __all__ = [
     "draw",
     "erdos_renyi",
     "exceeds",
+    "group_exceeds",
     "group_scores",
     "group_soft_threshold",
     "hard_threshold",
@@ -84,4 +87,5 @@ __all__ = [
     "sum_magnitudes",
     "threshold_gradient",
     "topk_masks",
+    "vanishing_thresholds",
 ]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.patterns import Pattern, group_scores, spread_groups
 from lightning_sparse.functional.projections import hard_threshold
 from lightning_sparse.functional.selection import topk_masks
 from lightning_sparse.functional.sharding import elementwise, local
@@ -60,13 +61,14 @@ def anneal_gradient(grad: Tensor, mask: Tensor, alpha: float, *, out: Tensor | N
     return torch.mul(grad, mask.to(grad.dtype).clamp_(min=alpha), out=out)  # by 1 or alpha
 
 
-def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float) -> Tensor:
+def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float, pattern: Pattern | None = None) -> Tensor:
     r"""Choose the weights that receive a gradient: the kept ones and the next largest.
 
     Args:
         theta: Dense latent weights, any shape.
         mask: Boolean keep set, same shape, True = kept.
         backward_sparsity: Fraction of weights without a gradient, in ``[0, 1)``, as far as they are pruned.
+        pattern: In which groups they come, if not each by itself.
 
     Returns:
         Boolean tensor like ``mask``, True = receives a gradient.
@@ -79,8 +81,9 @@ def backward_set(theta: Tensor, mask: Tensor, backward_sparsity: float) -> Tenso
         >>> backward_set(theta, theta.abs() > 3.5, 0.5)
         tensor([ True,  True, False, False])
     """
-    size = theta.numel()
-    return topk_masks([theta], size - round(backward_sparsity * size))[0] | mask
+    scores = theta if pattern is None else group_scores(theta, pattern)
+    kept = topk_masks([scores], scores.numel() - round(backward_sparsity * scores.numel()))[0]
+    return (kept if pattern is None else spread_groups(kept, theta, pattern)) | mask
 
 
 def threshold_gradient(latent_grad: Tensor, theta: Tensor) -> Tensor:

@@ -7,9 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.sharding import local, spread, whole
+from lightning_sparse.functional.sharding import like, local, spread, whole
 
-__all__ = ["Pattern", "group_scores", "group_soft_threshold", "parse_pattern", "spread_groups"]
+__all__ = [
+    "Pattern",
+    "group_exceeds",
+    "group_scores",
+    "group_soft_threshold",
+    "parse_pattern",
+    "spread_groups",
+    "vanishing_thresholds",
+]
 
 
 class Pattern(NamedTuple):
@@ -127,36 +135,109 @@ def spread_groups(values: Tensor, theta: Tensor, pattern: Pattern) -> Tensor:
     return spread(values.expand(like.shape).reshape(theta.shape), theta)
 
 
-def group_soft_threshold(theta: Tensor, pattern: Pattern, *, out: Tensor | None = None) -> Tensor:
-    r"""Shrink every magnitude by the largest of those that have to go in its group, to zero at least.
+def vanishing_thresholds(theta: Tensor, pattern: Pattern) -> Tensor:
+    r"""The soft thresholds from which on groups are zero: their norms, so that groups of any size compare.
 
-    .. math:: w = \operatorname{sign}(\theta) \max(|\theta| - \tau, 0)
+    .. math:: \lVert \theta_g \rVert = \Big(\frac{1}{|g|} \sum_{i \in g} \theta_i^2\Big)^{1/2}
 
-    with :math:`\tau` the (m - n)-th smallest magnitude of the group, so that at most n of m are left; of equal ones all
-    may go.
+    Where weights compete within their group: the magnitudes of those that may go, the m - n smallest of each group.
 
     Args:
         theta: Weights, shape ``(out, in, *)``; sharded ones are gathered on every rank, all of which must enter.
-        pattern: ``"n:m"``.
+        pattern: The groups.
+
+    Returns:
+        One number per group, laid out like :func:`group_scores` (m - n numbers per group for ``"n:m"``), at least
+        float32, not sharded.
+
+    Example:
+        >>> theta = torch.tensor([[1.0, -7.0, 2.0, 0.0]])
+        >>> vanishing_thresholds(theta, parse_pattern("block:1x2")), vanishing_thresholds(theta, parse_pattern("2:4"))
+        (tensor([[5.0000, 1.4142]]), tensor([[[0., 1.]]]))
+    """
+    full = whole(theta.detach())
+    groups, members = pattern.split(full.to(torch.promote_types(full.dtype, torch.float32)))
+    if not pattern.within:
+        return groups.square().mean(members).sqrt_()
+    (dim,), (kept, of) = members, pattern.numbers
+    return groups.abs().sort(dim=dim).values.narrow(dim, 0, of - kept)
+
+
+def group_exceeds(theta: Tensor, pattern: Pattern, threshold: Tensor | float) -> Tensor:
+    """The weights that :func:`group_soft_threshold` keeps.
+
+    Args:
+        theta: Weights, shape ``(out, in, *)``; sharded ones are gathered on every rank, all of which must enter.
+        pattern: The groups.
+        threshold: Number or scalar tensor.
+
+    Returns:
+        Boolean tensor like ``theta``, True = kept; NaN is kept, so that it stays in sight.
+
+    Example:
+        >>> group_exceeds(torch.tensor([[1.0, -7.0, 2.0, 0.0]]), parse_pattern("block:1x2"), 2.0)
+        tensor([[ True,  True, False, False]])
+    """
+    if not pattern.within:
+        return spread_groups(~(vanishing_thresholds(theta, pattern) <= threshold), theta, pattern)
+    return like(~(local(theta).abs() <= _bound(theta, pattern, threshold)), theta)
+
+
+def group_soft_threshold(
+    theta: Tensor, pattern: Pattern, threshold: Tensor | float = math.inf, *, out: Tensor | None = None
+) -> Tensor:
+    r"""Shrink every group by the threshold, to zero at least.
+
+    .. math:: w_g = \theta_g \max\Big(1 - \frac{\tau}{\lVert \theta_g \rVert}, 0\Big)
+
+    with the norm of :func:`vanishing_thresholds`: the proximal operator of the group lasso. Where weights compete
+    within their group, each of them is shrunk on its own, but by no more than the largest of those that may go, so that
+    n of m are left at least (fewer only if some are equal):
+
+    .. math:: w = \operatorname{sign}(\theta) \max(|\theta| - \min(\tau, \tau_g), 0)
+
+    with :math:`\tau_g` the (m - n)-th smallest magnitude of the group.
+
+    Args:
+        theta: Weights, shape ``(out, in, *)``; sharded ones are gathered on every rank, all of which must enter.
+        pattern: The groups.
+        threshold: Non-negative number or scalar tensor :math:`\tau`; infinite for all that may go.
         out: Where to write the result; must not share memory with ``theta``.
 
     Returns:
         Tensor like ``theta``.
 
     References:
-        Hu et al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", NeurIPS 2024,
+        Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006; for ``"n:m"`` Hu et
+        al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", NeurIPS 2024,
         https://arxiv.org/abs/2409.09099.
 
     Example:
-        >>> group_soft_threshold(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), parse_pattern("2:4"))
-        tensor([[ 0., -2.,  1.,  0.]])
+        >>> theta = torch.tensor([[1.0, -7.0, 2.0, 0.5]])
+        >>> group_soft_threshold(theta, parse_pattern("block:1x2"), 2.0)
+        tensor([[ 0.6000, -4.2000,  0.0000,  0.0000]])
+        >>> group_soft_threshold(theta, parse_pattern("2:4"))
+        tensor([[ 0., -6.,  1.,  0.]])
     """
     out = torch.empty_like(theta) if out is None else out
+    if not pattern.within:
+        norms = vanishing_thresholds(theta, pattern)
+        factors = ((norms - threshold) / norms).masked_fill_(norms <= threshold, 0.0).to(theta.dtype)
+        shrink = local(spread_groups(factors, theta, pattern))
+        # A sum, as 0 * -1 is -0.
+        torch.addcmul(torch.zeros((), dtype=theta.dtype, device=theta.device), local(theta), shrink, out=local(out))
+        return out
     kept, of = pattern.numbers
-    magnitudes, (dim,) = pattern.split(whole(theta.detach()).abs())
     if kept == of:
         return out.copy_(theta)
-    bound = magnitudes.kthvalue(of - kept, dim, keepdim=True).values.expand_as(magnitudes).reshape(theta.shape)
-    bound = local(spread(bound, theta))
+    bound = _bound(theta, pattern, threshold)
     torch.sub(local(theta), torch.clamp(local(theta), -bound, bound), out=local(out))
     return out
+
+
+def _bound(theta: Tensor, pattern: Pattern, threshold: Tensor | float) -> Tensor:
+    """By how much each weight is shrunk that competes within its group; of a sharded one, the part on this rank."""
+    kept, of = pattern.numbers
+    magnitudes, (dim,) = pattern.split(whole(theta.detach()).abs())
+    largest = magnitudes.kthvalue(of - kept, dim, keepdim=True).values.clamp_(max=threshold)
+    return local(spread(largest.expand_as(magnitudes).reshape(theta.shape), theta))

@@ -99,7 +99,7 @@ def channel_scale(theta: Tensor, threshold: Tensor | float, *, scratch: Tensor |
 
     Args:
         theta: Dense latent weights, shape ``(out, *)``.
-        threshold: Number or scalar tensor :math:`\tau`.
+        threshold: Number or scalar tensor :math:`\tau`; or :math:`m` itself, bool, of the shape of ``theta``.
         scratch: Tensor like ``theta`` that may be overwritten, to save an allocation.
 
     Returns:
@@ -121,7 +121,11 @@ def channel_scale(theta: Tensor, threshold: Tensor | float, *, scratch: Tensor |
     dims = tuple(range(1, magnitude.ndim))
     dtype = torch.promote_types(theta.dtype, torch.float32)  # a sum may be too large for half precision
     dense = magnitude.sum(dims, keepdim=True, dtype=dtype)
-    kept = torch.threshold_(magnitude, float(threshold), 0.0).sum(dims, keepdim=True, dtype=dtype)
+    if isinstance(threshold, Tensor) and threshold.dtype == torch.bool:
+        hard_threshold(magnitude, local(threshold).view_as(magnitude), out=magnitude)
+    else:
+        torch.threshold_(magnitude, float(threshold), 0.0)
+    kept = magnitude.sum(dims, keepdim=True, dtype=dtype)
     means = sum_over(ranks_of(theta, dims), torch.stack([kept, dense])) / math.prod(theta.shape[1:])
     kept, dense = (means + 1e-6).view(2, -1, *[1] * (theta.ndim - 1))
     scale: Tensor = 1.01 / (kept / dense + 0.01)

@@ -70,6 +70,7 @@ class GraNet(SparseTraining):
         training_flops="2 f_S + ((ΔT - 1) f_S + f_D) / ΔT",
     )
     keeps_latent = False
+    serves_patterns = False
     needs_gradient = True
     signed = True
 

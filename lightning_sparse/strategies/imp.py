@@ -6,8 +6,9 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
+from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_positive
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.rewind import Rounds
@@ -40,7 +41,7 @@ class IterativeMagnitudePruning(SparseTraining):
         rewind: What goes back.
         rewind_epoch: Where to, :math:`k`, in ``[0, E)``. Large networks need a few epochs before.
         distribution: ``"global"``, all weights compete, or ``"uniform"``, the same sparsity in each layer.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -81,7 +82,7 @@ class IterativeMagnitudePruning(SparseTraining):
         rewind: Literal["learning_rate", "weights"] | None = "weights",
         rewind_epoch: int = 0,
         distribution: Literal["global", "uniform"] = "global",
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         super().__init__(sparsity, start=0, end=0, distribution=distribution, gradient="masked", **common)
         check_positive("rounds", rounds)
@@ -100,7 +101,7 @@ class IterativeMagnitudePruning(SparseTraining):
                 f" {rewind_epoch!r} with `epochs_per_round` = {epochs_per_round!r}."
             )
         self.rounds: Rounds = Rounds(rounds, epochs_per_round, rewind, rewind_epoch)
-        self.schedule = _SameFraction(sparsity)
+        self.schedule = _SameFraction(self.final_sparsity or sparsity)
 
     def is_due(self, context: Context) -> bool:
         """Never in a round."""
@@ -112,6 +113,8 @@ class IterativeMagnitudePruning(SparseTraining):
 
     def score(self, latent: Latent) -> Tensor:
         """Magnitudes of the weights that are left, less than any of them for the others."""
+        if self.pattern is not None:  # whose groups compete by what is left of them
+            return functional.hard_threshold(latent.theta, latent.mask)
         return torch.where(latent.mask, latent.theta.abs(), -1.0)
 
     @property

@@ -46,6 +46,7 @@ class KeepMask(SparseTraining):
     )
     keeps_latent = False
     keeps_mask = True
+    serves_patterns = False
 
     def __init__(self, **common: Unpack[Common]) -> None:
         super().__init__(None, start=0, end=0, gradient="masked", **common)

@@ -57,6 +57,7 @@ class LAMP(SparseTraining):
         allocation="scores of all layers compete",
     )
     keeps_latent = False
+    serves_patterns = False
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class LATS(SparseTraining):
         threshold: Final threshold :math:`D`, in the units of the weights.
         start: When the threshold starts to rise: int = epoch, float = fraction of training.
         end: When it reaches ``threshold``.
+        pattern: ``"unstructured"``, or ``"block:AxB"`` or ``"channel"``, whose norms the threshold shrinks, see
+            :func:`~lightning_sparse.functional.group_soft_threshold`.
         **common: What all strategies take, see :class:`~lightning_sparse.engine.callback.Common`.
 
     Raises:
@@ -65,10 +67,15 @@ class LATS(SparseTraining):
         *,
         start: int | float = 0.0,
         end: int | float = 1.0,
+        pattern: str = "unstructured",
         **common: Unpack[Common],
     ) -> None:
         check_number("threshold", threshold, negative=False)
-        super().__init__(None, start=start, end=end, projection="soft", gradient="straight_through", **common)
+        super().__init__(
+            None, start=start, end=end, projection="soft", gradient="straight_through", pattern=pattern, **common
+        )
+        if self.pattern is not None and self.pattern.within:
+            raise ValueError(f"Expected argument `pattern` to be 'block:AxB' or 'channel', but got {pattern!r}.")
         self.final_threshold = threshold
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:

@@ -64,6 +64,7 @@ class MEST(SparseTraining):
         schedule="from the first step on, to the weight",
     )
     keeps_latent = False
+    serves_patterns = False
 
     def __init__(
         self,

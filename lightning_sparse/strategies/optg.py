@@ -67,6 +67,7 @@ class OptG(SparseTraining):
     exact_on_kept = True
     per_epoch = True
     signed = True
+    serves_patterns = False
 
     def __init__(
         self, sparsity: float = 0.9, *, end: int | float = 1.0, beta: float = 1.0, **common: Unpack[Budgeted]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 from lightning_sparse.engine.checks import check_number
 from lightning_sparse.engine.latent import Context, Latent
 
@@ -36,7 +36,7 @@ class Powerpropagation(SparseTraining):
         distribution: How the budget is split between the layers, see
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         update_every_n_steps: Optimizer steps between new masks.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -73,7 +73,7 @@ class Powerpropagation(SparseTraining):
         schedule: Literal["constant", "cosine", "cubic", "linear"] | Callable[[float], float] = "cubic",
         distribution: Literal["er", "erk", "global", "lamp", "uniform"] = "global",
         update_every_n_steps: int = 100,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         check_number("power", power)
         if power < 1:
@@ -98,6 +98,10 @@ class Powerpropagation(SparseTraining):
     def lift(self, weight: Tensor) -> Tensor:
         """The root of the weight."""
         return functional.signed_power(weight, 1.0 / self.power)
+
+    def score(self, latent: Latent) -> Tensor:
+        """The latents, whose order is that of the weights; groups are compared by the weights themselves."""
+        return latent.theta if self.pattern is None else functional.signed_power(latent.theta, self.power)
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Mask, then raise to the power."""

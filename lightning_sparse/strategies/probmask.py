@@ -79,6 +79,7 @@ class ProbMask(SparseTraining):
     )
     stochastic = True
     learner = "adam"
+    serves_patterns = False
 
     def __init__(
         self,

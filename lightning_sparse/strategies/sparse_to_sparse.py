@@ -12,14 +12,18 @@ from lightning_sparse.engine.callback import Budgeted, SparseTraining
 from lightning_sparse.engine.checks import check_choice, check_fraction
 from lightning_sparse.engine.latent import Context, Latent
 
-__all__ = ["SparseToSparse", "random_mask"]
+__all__ = ["SparseToSparse", "random_mask", "random_scores"]
+
+
+def random_scores(latent: Latent, context: Context) -> Tensor:
+    """Random numbers, larger ones for weights that are not zero, so that a model that is sparse already stays so."""
+    return functional.draw(latent.theta, context.generator) + (latent.theta != 0)
 
 
 def random_mask(latent: Latent, sparsity: float, context: Context) -> Tensor:
-    """Keep weights at random, those that are not zero first, so that a model that is sparse already stays as it is."""
+    """Keep weights at random, those that are not zero first."""
     size = latent.theta.numel()
-    scores = functional.draw(latent.theta, context.generator) + (latent.theta != 0)
-    return functional.topk_masks([scores], size - round(sparsity * size))[0]
+    return functional.topk_masks([random_scores(latent, context)], size - round(sparsity * size))[0]
 
 
 class SparseToSparse(SparseTraining):
@@ -52,6 +56,7 @@ class SparseToSparse(SparseTraining):
 
     card = Card(criterion="a random mask", schedule="from the first step on, to the weight")
     keeps_latent = False
+    serves_patterns = False
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class Spartan(SparseTraining):
         dense_gradient="until `finetune`",
         training_flops="2 f_S + f_D until `finetune`, then 3 f_S",
     )
+    serves_patterns = False
 
     def __init__(
         self,

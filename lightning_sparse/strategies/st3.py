@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted, SparseTraining
+from lightning_sparse.engine.callback import Patterned, SparseTraining
 from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.functional.sharding import local
 
 __all__ = ["ST3", "ST3Sigma"]
 
@@ -25,6 +26,16 @@ class ST3(SparseTraining):
     step, and :math:`c_o` gives every output channel the magnitude back that its pruned weights took away
     (:func:`~lightning_sparse.functional.channel_scale`).
 
+    Beyond the paper, weights may have a ``pattern``. The norm of a group (the root of its mean square, the magnitude in
+    a group of one) then takes the place of the magnitude:
+
+    .. math:: w_g = c_o\, \theta_g \max\Big(1 - \frac{\tau}{\lVert \theta_g \rVert}, 0\Big)
+
+    with :math:`\tau` the quantile of the norms, a group counting as many weights as it has; with ``"n:m"``, that of the
+    magnitudes that may go, of which no threshold exceeds the largest in its group (that of :class:`SSTE` from ``end``
+    on). The gradient stays straight-through, and :math:`c_o` what it is, given which weights live; whole channels it
+    leaves as they are.
+
     Args:
         sparsity: Fraction of zeros among the targeted weights from ``end`` on, in ``[0, 1)``.
         start: When the ramp starts: int = epoch, float = fraction of training. Authors: epoch 5 of 160 (CIFAR) or of
@@ -35,7 +46,7 @@ class ST3(SparseTraining):
         freeze: After which moment w is baked into the weights and only the kept ones train. The authors do so for ten
             more epochs after the last; None for never.
         update_every_n_steps: Optimizer steps between new thresholds; 1 in the paper.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -47,6 +58,8 @@ class ST3(SparseTraining):
     References:
         Vanderschueren and De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you need for
         Sparse Training?", WACV 2023, https://arxiv.org/abs/2212.01076; code https://github.com/vanderschuea/stthree.
+        With a pattern: Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006, and
+        Hu et al., as :class:`SSTE`.
 
     Example:
         >>> import lightning as L
@@ -76,7 +89,7 @@ class ST3(SparseTraining):
         rescale: bool = True,
         freeze: int | float | None = None,
         update_every_n_steps: int = 1,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         super().__init__(
             sparsity,
@@ -93,10 +106,13 @@ class ST3(SparseTraining):
 
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Soft-threshold, then rescale the output channels."""
-        if self.rescale and "threshold" in latent.state:
+        if not self.rescale or "threshold" not in latent.state:
+            super().project(latent, context, out)
+        elif self.pattern is None:
             functional.rescaled_soft_threshold(latent.theta, latent.state["threshold"], out=out)
         else:
             super().project(latent, context, out)
+            local(out).mul_(functional.channel_scale(latent.theta, out != 0))
 
 
 class ST3Sigma(ST3):

@@ -2,8 +2,12 @@
 
 from typing import Literal, Unpack
 
-from lightning_sparse.engine.callback import Budgeted
-from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse
+from torch import Tensor
+
+from lightning_sparse import functional
+from lightning_sparse.engine.callback import Patterned
+from lightning_sparse.engine.latent import Context, Latent
+from lightning_sparse.strategies.sparse_to_sparse import SparseToSparse, random_scores
 
 __all__ = ["StaticSparsity"]
 
@@ -18,7 +22,7 @@ class StaticSparsity(SparseToSparse):
         distribution: How the budget is split between the layers, see
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         seed: Of the random numbers.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
@@ -30,6 +34,7 @@ class StaticSparsity(SparseToSparse):
 
     card = SparseToSparse.card
     keeps_mask = True
+    serves_patterns = True
 
     def __init__(
         self,
@@ -37,6 +42,14 @@ class StaticSparsity(SparseToSparse):
         *,
         distribution: Literal["er", "erk", "uniform"] = "erk",
         seed: int = 0,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
-        super().__init__(sparsity, distribution=distribution, end=0.0, seed=seed, **common)
+        # The base takes no pattern, as what is dropped and grown later has none.
+        super().__init__(sparsity, distribution=distribution, end=0.0, seed=seed, **common)  # type: ignore[misc]
+
+    def _select_one(self, latent: Latent, sparsity: float, context: Context) -> dict[str, Tensor]:
+        if self.pattern is None or "mask" in latent.state:
+            return super()._select_one(latent, sparsity, context)
+        scores = functional.group_scores(random_scores(latent, context), self.pattern)
+        (mask,) = functional.topk_masks([scores], self.afford([latent], [scores], sparsity))
+        return {"mask": functional.spread_groups(mask, latent.theta, self.pattern)}

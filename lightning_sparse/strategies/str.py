@@ -60,6 +60,7 @@ class STR(SparseTraining):
         " 67.78 at 96.11 %, 61.46 at 98.05 %, 51.82 at 98.98 %; MobileNetV1: 68.35 at 75.28 %, 62.10 at 89.01 %"
         " (authors' README)",
     )
+    serves_patterns = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sparse import functional
 from lightning_sparse.cards import Card
-from lightning_sparse.engine.callback import Budgeted
+from lightning_sparse.engine.callback import Patterned
 from lightning_sparse.engine.checks import check_fraction, check_number
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.strategies.powerprop import Powerpropagation
@@ -39,14 +39,15 @@ class TopKAST(Powerpropagation):
             :class:`~lightning_sparse.engine.callback.SparseTraining`.
         end: When exploration ends: from then on A stays as it is and B is A; int = epoch, float = fraction of training.
         update_every_n_steps: Optimizer steps between new sets.
-        **common: What strategies with a budget take, see :class:`~lightning_sparse.engine.callback.Budgeted`.
+        **common: What strategies with masks take, see :class:`~lightning_sparse.engine.callback.Patterned`.
 
     Raises:
         ValueError: If a value is out of its range, or a pattern matches nothing.
 
     Note:
         There is no code by the authors; where the paper leaves a choice, the equations above are the choice. Where
-        nothing is pruned there is no exploration loss. With ``power`` it acts on the latents.
+        nothing is pruned there is no exploration loss. With ``power`` it acts on the latents. With a pattern B consists
+        of groups, too; of weights that compete within their group, it holds those that A keeps and the next largest.
 
     References:
         Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020, https://arxiv.org/abs/2106.03517; with
@@ -76,7 +77,7 @@ class TopKAST(Powerpropagation):
         distribution: Literal["er", "erk", "uniform"] = "uniform",
         end: int | float = 1.0,
         update_every_n_steps: int = 100,
-        **common: Unpack[Budgeted],
+        **common: Unpack[Patterned],
     ) -> None:
         check_fraction("backward_sparsity", 0.0 if backward_sparsity is None else backward_sparsity)
         check_number("exploration_loss", exploration_loss, negative=False)
@@ -99,7 +100,7 @@ class TopKAST(Powerpropagation):
         masks = [selection["mask"] for selection in super().select(latents, sparsity, context)]
         outside = (sparsity or 0.0) * self._untouched(context)
         return [
-            {"mask": mask, "backward_mask": functional.backward_set(latent.theta, mask, outside)}
+            {"mask": mask, "backward_mask": functional.backward_set(self.score(latent), mask, outside, self.pattern)}
             for latent, mask in zip(latents, masks, strict=True)
         ]
 

@@ -71,6 +71,7 @@ class SparseVariationalDropout(SparseTraining):
         training_flops="3 f_D",
     )
     stochastic = True
+    serves_patterns = False
     learner = "adam"
 
     def __init__(

@@ -13,8 +13,8 @@ from tests.engine.test_budgets import RAMP, dearest, remains
 from tests.engine.test_budgets import train as train_priced
 from tests.helpers.models import make_trainer
 from tests.helpers.side_by_side import HOSTS, WEIGHTS, Net, assert_equal_training, make_data
-from tests.reference.functional import groups, patterned_masks
-from tests.reference.training import Hard
+from tests.reference import patterned as reference
+from tests.reference.functional import groups
 
 # Which layers suffer is not what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has pruned all:UserWarning")
@@ -36,38 +36,16 @@ METHODS = {
 }
 
 
-class Patterned(Hard):
-    """Straight-through masks of groups, by the definition."""
-
-    def __init__(self, thetas, pools, *, pattern, end, start=0, every=1):
-        self.pattern = pattern
-        super().__init__(thetas, pools, start=start, end=end, every=every)
-
-    def shown(self, name, theta):
-        return theta + (theta * self.masks[name] - theta).detach()
-
-    def choose(self, share):
-        for names, sparsity in self.pools:
-            tensors = [self.thetas[name] for name in names]
-            single = ":" in self.pattern and "block" not in self.pattern
-            counts = [t.numel() if single else len(groups(t.shape, self.pattern)) for t in tensors]
-            kept = sum(counts) - round(sparsity * share * sum(counts))
-            self.masks.update(zip(names, patterned_masks(tensors, kept, self.pattern), strict=True))
-
-    def after_step(self, epoch, batch, batches):
-        super().after_step(epoch, batch, batches)
-        self.choose(1.0)
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_training_equals_the_definition(pattern):
     sparsity = {"1:2": 0.5, "1:4": 0.75}.get(pattern, 0.6)
     assert_equal_training(
         StraightThroughMagnitude(0.9 if pattern[0] == "1" else sparsity, pattern=pattern, verbose=False),
-        lambda thetas: Patterned(
+        lambda thetas: reference.StraightThrough(
             {name: theta for name, theta in thetas.items() if name in FITTING[pattern]},
             [([name], sparsity) for name in FITTING[pattern]],
             pattern=pattern,
+            start=0,
             end=0,
         ),
     )
@@ -147,7 +125,6 @@ def test_weights_that_do_not_divide_stay_dense_and_the_table_says_why(capsys):
             "but got [{'sparsity': 0.1}]. Leave that out.",
         ),
         ({"distribution": "erk", "pattern": "2:4"}, "to be 'global' or 'uniform' with the pattern '2:4'"),
-        ({"sparsity": 0.5, "projection": "soft", "pattern": "channel"}, "'unstructured' where thresholds are soft"),
         ({"sparsity": 0.5, "pattern": "row"}, "'block:AxB' or 'channel', but got 'row'."),
     ],
 )

@@ -69,6 +69,9 @@ def project(callback: SparseTraining, name: str) -> Tensor:
         if isinstance(callback, Spartan) and "mask" in (state := callback._find(name).state):
             weight = weight * whole(state["soft"])
         return weight.sign() * weight.abs() ** getattr(callback, "power", 1.0)
+    if callback.pattern is not None:
+        weight = group_soft_threshold(theta, callback.pattern, callback._find(name).state["threshold"])
+        return weight * channel_scale(theta, weight != 0) if getattr(callback, "rescale", False) else weight
     weight = soft_threshold(theta, threshold)
     return weight * channel_scale(theta, threshold) if getattr(callback, "rescale", False) else weight
 

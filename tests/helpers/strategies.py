@@ -66,6 +66,8 @@ SETTINGS = {
     ),
     "ST3": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "ST3-freeze": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP, "freeze": 0.6}, sparsity=0.7),
+    "ST3-block": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP, "pattern": "block:1x3"}, sparsity=0.7),
+    "ST3-n:m": Setting(ls.ST3, {**_RAMP, "pattern": "1:3"}, {"pattern": "1:1"}, sparsity=2 / 3),
     "ST3Sigma": Setting(ls.ST3Sigma, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "STR": Setting(ls.STR, _THRESHOLD, _NO_THRESHOLD),
     "AutoSparse": Setting(ls.AutoSparse, {**_THRESHOLD, "alpha": 0.5, "alpha_reset": 0.7}, _NO_THRESHOLD),
