@@ -77,9 +77,8 @@ class ProbMask(SparseTraining):
         dense_gradient="until `freeze`",
         training_flops="3 f_D until `freeze`, then 3 f_S",
     )
-    stochastic = True
     learner = "adam"
-    serves_patterns = False
+    stochastic, serves_patterns = True, False
 
     def __init__(
         self,

@@ -104,10 +104,9 @@ class Spartan(SparseTraining):
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Solve the soft mask beside taking the hard one."""
         thetas = [latent.theta for latent in latents]
-        total = sum(theta.numel() for theta in thetas)
+        total, near = sum(theta.numel() for theta in thetas), float(latents[0].state["shift"])
         beta = self.initial_sharpness + min(1.0, self.annealed(context)) * (self.sharpness - self.initial_sharpness)
         kept = total - round((sparsity or 0.0) * total)
-        near = float(latents[0].state["shift"])
         shift = functional.soft_topk_shift(thetas, kept, beta, near=near) if 0 < kept < total else near
         numbers = {"shift": torch.tensor(shift, dtype=torch.float64), "beta": torch.tensor(beta, dtype=torch.float64)}
         masks = super().select(latents, sparsity, context)
