@@ -33,6 +33,7 @@ class BudgetedTraining(TrainingHooks):
     unit: Budget | None
     pattern: functional.Pattern | None
     serves_patterns: bool
+    signed: bool
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Choose what lives among weights that share a budget."""
@@ -141,6 +142,35 @@ class BudgetedTraining(TrainingHooks):
 
     def _ramp(self, final: float, way: float) -> float:
         return final if way == 1.0 else self.initial_sparsity + way * (final - self.initial_sparsity)
+
+    def afford(
+        self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float] = ()
+    ) -> int:
+        """How many of the largest scores may be kept, to give up a fraction of what all weights cost."""
+        costs = [latent.cost * latent.group for latent in latents]
+        if self._same_price(latents):
+            total = sum(score.numel() for score in scores)
+            return total - round(sparsity * total)
+        total = sum(cost * score.numel() for cost, score in zip(costs, scores, strict=True))
+        budget = round((1.0 - sparsity) * total)
+        return functional.affordable(scores, costs, budget, signed=self.signed, scales=scales)
+
+    def _same_price(self, latents: Sequence[Latent]) -> bool:
+        """Whether a fraction of the scores is that fraction of the budget."""
+        # A budget in another unit is never exceeded, be it by half of a group.
+        return len({latent.cost * latent.group for latent in latents}) == 1 and (
+            self.unit is None or self.pattern is None
+        )
+
+    def _share(
+        self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float]
+    ) -> float:
+        """Fraction of the scores that a soft threshold has to remove."""
+        if self.pattern is not None and self.pattern.within:
+            return sparsity / (self.pattern.sparsity or 1.0)  # as only so many may go
+        if self._same_price(latents):
+            return sparsity
+        return 1.0 - self.afford(latents, scores, sparsity, scales) / sum(score.numel() for score in scores)
 
     def choose(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Select among weights that share a budget, so that none of them falls below its minimum."""

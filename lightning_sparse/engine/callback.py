@@ -252,35 +252,6 @@ class SparseTraining(BudgetedTraining):
             for score, scale in zip(scores, scales, strict=True)
         ]
 
-    def _share(
-        self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float]
-    ) -> float:
-        """Fraction of the scores that a soft threshold has to remove."""
-        if self.pattern is not None and self.pattern.within:
-            return sparsity / (self.pattern.sparsity or 1.0)  # as only so many may go
-        if self._same_price(latents):
-            return sparsity
-        return 1.0 - self.afford(latents, scores, sparsity, scales) / sum(score.numel() for score in scores)
-
-    def _same_price(self, latents: Sequence[Latent]) -> bool:
-        """Whether a fraction of the scores is that fraction of the budget."""
-        # A budget in another unit is never exceeded, be it by half of a group.
-        return len({latent.cost * latent.group for latent in latents}) == 1 and (
-            self.unit is None or self.pattern is None
-        )
-
-    def afford(
-        self, latents: Sequence[Latent], scores: Sequence[Tensor], sparsity: float, scales: Sequence[float] = ()
-    ) -> int:
-        """How many of the largest scores may be kept, to give up a fraction of what all weights cost."""
-        costs = [latent.cost * latent.group for latent in latents]
-        if self._same_price(latents):
-            total = sum(score.numel() for score in scores)
-            return total - round(sparsity * total)
-        total = sum(cost * score.numel() for cost, score in zip(costs, scores, strict=True))
-        budget = round((1.0 - sparsity) * total)
-        return functional.affordable(scores, costs, budget, signed=self.signed, scales=scales)
-
     def project(self, latent: Latent, context: Context, out: Tensor) -> None:
         """Write into ``out`` what the network sees of a weight that has a latent tensor.
 

@@ -218,6 +218,7 @@ class TrainingHooks(pl.Callback):
         if takes_place and self._trains(trainer):
             self._weights.bind(pl_module)
             self._weights.expose(optimizer, trainer.optimizers.index(optimizer), self._context, scale)
+            self._weights.learner.clip(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
     def _trains(self, trainer: pl.Trainer) -> bool:
         """Whether steps are ours: a learning rate finder removes callbacks, SWA makes a last pass for BatchNorm."""

@@ -65,6 +65,19 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def clip(self, value: float | None, algorithm: str | None) -> None:
+        """Limit the gradients as the Trainer limits those of the model, which are clipped by a norm of their own.
+
+        Args:
+            value: Largest norm, or largest entry; None or 0 for no limit.
+            algorithm: ``"norm"`` (None is the same) or ``"value"``.
+        """
+        learned = [tensor for group in self._groups.values() for tensor in group["params"]]
+        if value and algorithm == "value":
+            torch.nn.utils.clip_grad_value_(learned, value)
+        elif value:
+            torch.nn.utils.clip_grad_norm_(learned, value)
+
     def forget(self) -> None:
         """Drop the gradients of a step that did not take place."""
         if self._optimizer is not None:

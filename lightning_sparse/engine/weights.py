@@ -37,7 +37,7 @@ class LatentWeights:
         self.steps: dict[int, int] = {}
         # Whether a batch is being trained on, so that the network may see noise.
         self.training = False
-        self._learner = Learner(())
+        self.learner = Learner(())
         # The weights that hold theta at present, by the optimizer that is about to step them.
         self._exposed: dict[Optimizer, list[tuple[Latent, dict[str, Any]]]] = {}
         # Whether a step of one optimizer has changed a budget that weights of another share.
@@ -74,13 +74,13 @@ class LatentWeights:
             else:
                 fresh.append(latent)
         self.method.appraise(list(self.latents.values()))
-        self._learner = Learner(self.latents.values(), self.method.threshold_weight_decay, self.method.learner)
+        self.learner = Learner(self.latents.values(), self.method.threshold_weight_decay, self.method.learner)
         self.steps = {}
         self.generator.manual_seed(self.method.seed)
         self._selected_last = self._stale = False
         self._nonzeros.clear()
         if restored is not None:
-            self._learner.load_state_dict(restored["learner"])
+            self.learner.load_state_dict(restored["learner"])
             self.steps = dict(restored["steps"])
             self._selected_last = restored["selected_last"]
             self.generator.set_state(restored["generator"].cpu())
@@ -214,7 +214,7 @@ class LatentWeights:
             return True
         self.steps[index] = self.steps.get(index, 0) + 1
         now = context(self.steps[index])
-        self._learner.step(hosted, optimizer, lambda group: self.method.learning_rate(group, now))
+        self.learner.step(hosted, optimizer, lambda group: self.method.learning_rate(group, now))
         latents = [latent for latent, _ in hosted]
         if not self.frozen:
             for latent, group in hosted:
@@ -238,7 +238,7 @@ class LatentWeights:
     def withdraw(self, optimizer: Optimizer, context: Context) -> None:
         """Show the network what it saw before: the optimizer has not stepped after all."""
         hosted = self._exposed.pop(optimizer, [])
-        self._learner.forget()
+        self.learner.forget()
         self._project([latent for latent, _ in hosted], context)
 
     @torch.no_grad()
@@ -257,7 +257,7 @@ class LatentWeights:
         _copy((latent.dense, latent.weight) for latent in interrupted)
         self._exposed.clear()
         if interrupted:
-            self._learner.forget()
+            self.learner.forget()
         # One rank alone cannot select among weights that it shares with others.
         if self._stale and not (everything and any(is_sharded(latent.weight) for latent in self.latents.values())):
             self._select(self.latents.values(), context)
@@ -315,7 +315,7 @@ class LatentWeights:
         """Bake w into the latents and keep the mask: from now on only the kept weights train."""
         self.choose(context)
         self.frozen = True  # first: an interrupt may leave some of the latents as they are
-        self._learner = Learner(())
+        self.learner = Learner(())
         self._nonzeros.clear()
         for latent in self.latents.values():
             mask = latent.mask
@@ -375,7 +375,7 @@ class LatentWeights:
             "selected_last": self._selected_last,
             "generator": self.generator.get_state(),
             "latents": latents,
-            "learner": self._learner.state_dict(),
+            "learner": self.learner.state_dict(),
         }
 
 

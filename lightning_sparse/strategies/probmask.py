@@ -57,8 +57,8 @@ class ProbMask(SparseTraining):
         gradients of two samples in each step. Here a step has one: the batches of a window of
         ``accumulate_grad_batches`` share it. Their code evaluates, and fixes at the end, a mask that is drawn from
         :math:`p`; most probabilities are 0 or 1 by then, but the draw meets the budget only on average. Gradient
-        clipping does not see the probabilities; in the authors' code they count towards the norm of 3. Training FLOPs
-        are counted as dense until ``freeze``.
+        clipping limits the probabilities by a norm of their own; in the authors' code they count towards the norm of 3.
+        Training FLOPs are counted as dense until ``freeze``.
 
     References:
         Zhou et al., "Effective Sparsification of Neural Networks with Global Sparsity Constraint", CVPR 2021,

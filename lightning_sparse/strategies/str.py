@@ -38,8 +38,8 @@ class STR(SparseTraining):
         ValueError: If a pattern matches nothing.
 
     Note:
-        Sparsity is an outcome here, not a target. Gradient clipping does not see the thresholds; in the authors' code
-        they would count towards a global norm.
+        Sparsity is an outcome here, not a target. The Trainer's gradient clipping limits the gradients of the
+        thresholds by a norm of their own; in the authors' code they would count towards that of the model.
 
     References:
         Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020,

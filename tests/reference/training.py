@@ -28,6 +28,7 @@ def train(net, method, batches, *, epochs, configure, accumulate=1, clip=None, i
             if (index + 1) % accumulate == 0 or index + 1 == len(batches):
                 if clip is not None:
                     nn.utils.clip_grad_norm_(thetas.values(), clip)
+                    nn.utils.clip_grad_norm_(method.learned.values(), clip)
                 for group, hosted in scalars:
                     group.update({key: hosted[key] for key in followed})
                     group["lr"] *= method.rate()

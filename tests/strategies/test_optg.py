@@ -22,7 +22,7 @@ def test_training_equals_autograd(host, dtype):
     assert_equal_training(OptG(0.7, verbose=False), twin(), host=host, dtype=dtype)
 
 
-def test_clipping_does_not_see_the_scores():
+def test_scores_are_clipped_by_a_norm_of_their_own():
     assert_equal_training(
         OptG(0.7, beta=0.3, verbose=False), twin(25, beta=0.3), epochs=25, accumulate=3, clip=0.3, interval="epoch"
     )

@@ -27,7 +27,7 @@ def test_accumulated_gradients(host):
     assert_equal_training(STR(**SETTINGS, verbose=False), twin(), host=host, epochs=25, accumulate=3)
 
 
-def test_clipping_does_not_see_the_thresholds():
+def test_thresholds_are_clipped_by_a_norm_of_their_own():
     assert_equal_training(STR(**SETTINGS, verbose=False), twin(), clip=0.5)
 
 
