@@ -43,10 +43,7 @@ ARGUMENTS = {
     "ST3": {"start": 0.05, "end": 0.5},
     "GMP": {"start": 0.05, "end": 0.5, "update_every_n_steps": 100},
     "SET": {"end": 0.75, "update_every_n_steps": 100, "drop_fraction": 0.3},
-    "AutoSparse": {
-        0.9: {"threshold_init": -5.0, "threshold_weight_decay": 2.7e-3},
-        0.95: {"threshold_init": -5.0, "threshold_weight_decay": 5e-3},
-    },
+    "AutoSparse": {"start": 0.05, "end": 0.5},
     "RigL": {"end": 0.75, "update_every_n_steps": 100, "drop_fraction": 0.3},
     "TopKGradientAnnealing": {"alpha": 0.5, "alpha_reset": 0.9},
     "ST3Sigma": {"start": 0.05, "end": 0.5},
@@ -109,6 +106,7 @@ def train(method, sparsity, seed, recipe, data):
     trainer = L.Trainer(
         max_epochs=recipe["epochs"],
         precision=recipe["precision"],
+        gradient_clip_val=recipe["clip"],
         callbacks=strategy(method, sparsity, seed, given),
         check_val_every_n_epoch=recipe["epochs"],
         num_sanity_val_steps=0,
@@ -249,7 +247,8 @@ def main(arguments=None):
     parser.add_argument("--show", action="store_true", help="train nothing")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.4, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate, as in ST-3's recipes")
+    parser.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient, as in ST-3's recipes")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 where other programs run, too")
     args = parser.parse_args(arguments)
@@ -257,7 +256,7 @@ def main(arguments=None):
     warnings.filterwarnings("ignore", ".*LeafSpec|.*does not have many workers")
     torch.set_num_threads(args.threads)
     if not args.show:
-        sweep(args, {name: getattr(args, name) for name in ("epochs", "batch", "lr", "precision")})
+        sweep(args, {name: getattr(args, name) for name in ("epochs", "batch", "lr", "clip", "precision")})
     show(read(args.lines), args.output)
 
 
