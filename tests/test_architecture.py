@@ -20,6 +20,7 @@ ARROW = {
     "engine": {"cards", "functional", "schedules", "engine", "flops", "reports", "_untouched"},
     "strategies": {"cards", "functional", "schedules", "engine", "strategies"},
     "metrics": {"functional", "engine.targets", "flops", "metrics"},
+    "_fit": {"engine.budgets"},
     "_flop_handles": set(),
     "_untouched": set(),
     "flops": {"_flop_handles", "_untouched", "flops", "functional"},
