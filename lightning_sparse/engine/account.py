@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_sparse._untouched import untouched
+from lightning_sparse.engine.targets import reshard
 from lightning_sparse.flops import FlopCount, FlopRecorder
 
 __all__ = ["Account", "batch_size", "replicas"]
@@ -54,6 +55,7 @@ class Account:
                 return
             with untouched(module), recorder:
                 module(*args, **kwargs)
+            reshard(module)
         self.samples, self.flops = batch_size(example), recorder.count()
 
     def open(self, module: pl.LightningModule) -> None:

@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparse.engine.checks import check_patterns
 
-__all__ = ["Overrides", "Target", "find_targets", "has_inputs_first"]
+__all__ = ["Overrides", "Target", "find_targets", "has_inputs_first", "reshard"]
 
 # Per pattern: settings of the weights that match it, or None to leave them dense.
 Overrides = Mapping[str, Mapping[str, float] | None]
@@ -99,6 +100,13 @@ def find_targets(
             found = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in matching[:4])
             raise ValueError(f"Expected `overrides[{pattern!r}]` to match a weight made sparse, but got {found}.")
     return verdicts
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop the gathered copies of parameters that FSDP2 keeps after a forward without backward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def has_inputs_first(layer: nn.Module) -> bool:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_sparse.engine.latent import Context, Latent
 from lightning_sparse.engine.learner import Learner
 from lightning_sparse.engine.method import Method
-from lightning_sparse.engine.targets import Target
+from lightning_sparse.engine.targets import Target, reshard
 from lightning_sparse.functional import count_nonzeros, hard_threshold, mask_gradient
 from lightning_sparse.functional.sharding import is_sharded, local, spread, sum_each, whole
 
@@ -94,9 +93,7 @@ class LatentWeights:
 
     def bind(self, module: nn.Module) -> None:
         """Look every parameter up again: strategies and users may have replaced it."""
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # it keeps gathered copies of some parameters after a forward without backward
+        reshard(module)
         for latent in self.latents.values():
             latent.weight = module.get_parameter(latent.path)
 

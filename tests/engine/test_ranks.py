@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_sparse import consolidate_checkpoint
 from tests.helpers.assertions import assert_same
 from tests.helpers.models import Loader, make_trainer
-from tests.helpers.ranks import SpreadClassifier, keep, spawn, train
+from tests.helpers.ranks import SpreadClassifier, held, keep, spawn, train
 from tests.helpers.strategies import SETTINGS
 
 # Ten weights in a layer that is hardly needed.
@@ -120,3 +121,27 @@ def stray():
 
 def test_ranks_that_no_longer_agree_are_told_so():
     spawn(stray, 2)
+
+
+class LooksBefore(SpreadClassifier):
+    """Runs forward before training begins, as the model summary does with an ``example_input_array``."""
+
+    def on_fit_start(self):
+        with torch.no_grad():
+            self(torch.zeros(1, 1, 6, 6))
+
+
+def fit_after_a_forward(folder):
+    results = []
+    for model in (SpreadClassifier(), LooksBefore()):
+        callback = SETTINGS["ST3"].build()
+        strategy = ModelParallelStrategy(2, 1)
+        make_trainer(callback, strategy=strategy, devices=2).fit(model, Loader(), Loader())
+        results.append({**held(model, callback), "metrics": callback.metrics()})
+    keep(results, folder / "results")
+
+
+def test_sharded_weights_that_a_forward_has_gathered_train_alike(tmp_path):
+    spawn(fit_after_a_forward, 2, tmp_path)
+    plain, looked = torch.load(tmp_path / "results")
+    assert_same(looked, plain)
