@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow conformance coverage lint format docs bench constraints clean
+.PHONY: help install demo test test-slow conformance coverage lint format docs site notebooks bench constraints clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -37,18 +37,27 @@ coverage: $(STAMP)  ## Run the tests in one process and report the covered lines
 	$(RUN) -m coverage run -m pytest $(ARGS)
 	$(RUN) -m coverage report
 
-lint: $(STAMP)  ## Check style, format, types and spelling; change nothing
+lint: $(STAMP)  ## Check style, format, types, spelling and that notebooks hold no outputs; change nothing
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
+	$(RUN) -m nbstripout --verify notebooks/*.ipynb
 
-format: $(STAMP)  ## Repair what ruff can repair
+format: $(STAMP)  ## Repair what ruff can repair, and strip the outputs of notebooks
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(RUN) -m nbstripout notebooks/*.ipynb
 
 docs: $(STAMP)  ## Write the tables of methods in README.md and docs/methods.md from the cards of the classes
 	$(RUN) -m lightning_sparse methods --fill README.md docs/methods.md
+
+site: $(STAMP)  ## Build the documentation site in build/site; warnings are errors
+	$(RUN) -m sphinx -W --keep-going -q docs build/site
+	@echo 'The site begins at build/site/index.html'
+
+notebooks: $(STAMP)  ## Run the notebooks on a small budget; the files stay as they are
+	SMALL=1 $(RUN) -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 bench: $(STAMP)  ## Measure time, memory and selection into docs/*.md; let nothing else run on the machine meanwhile
 	$(RUN) benchmarks/overhead.py --profile --output docs/overhead.md \
@@ -67,5 +76,5 @@ constraints:  ## Resolve everything but torch anew, with the newest versions, in
 	@cp $(VENV)/pins.txt constraints.txt && touch $(STAMP)
 
 clean:  ## Remove .venv, caches and what runs have written
-	rm -rf $(VENV) build dist runs htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist runs htmlcov docs/api docs/method docs/notebook .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
