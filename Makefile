@@ -54,6 +54,7 @@ docs: $(STAMP)  ## Write the tables of methods in README.md and docs/methods.md 
 
 site: $(STAMP)  ## Build the documentation site in build/site; warnings are errors
 	$(RUN) -m sphinx -W --keep-going -q docs build/site
+	@! grep -rE --include='*.html' '<(script|link|img|iframe)[^>]+(src|href)="(https?:)?//' build/site  # it works offline
 	@echo 'The site begins at build/site/index.html'
 
 notebooks: $(STAMP)  ## Run the notebooks on a small budget; the files stay as they are

@@ -98,16 +98,17 @@ def page_of_notebook(path):
     return "\n\n".join([title, f"{{download}}`{path.name} <../../notebooks/{path.name}>`", *rest, ""])
 
 
-LIST_OF_METHODS = """# Method by method
+def page_of_methods(methods):
+    """A line for each method."""
+    lines = [
+        f"- [{method.__name__}]({method.__name__}.md): {cards.sections(method)[''].splitlines()[0]}"
+        for method in methods
+    ]
+    toctree = ["```{toctree}", ":hidden:", ":glob:", "", "*", "```"]
+    return "\n".join(["# Method by method", "", *map(cards.markdown, lines), "", *toctree, ""])
 
-```{toctree}
-:glob:
 
-*
-```
-"""
-
-write(DOCS / "method" / "index.md", LIST_OF_METHODS)
+write(DOCS / "method" / "index.md", page_of_methods(vars(strategies)[name] for name in strategies.__all__))
 for method_name in strategies.__all__:
     write(DOCS / "method" / f"{method_name}.md", page_of_method(vars(strategies)[method_name]))
 for module_name in ["lightning_sparse", *(f"lightning_sparse.{module}" for module in MODULES)]:
