@@ -150,6 +150,7 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> dict[str, T
         seen.add(name)
     if missing := [name for name in state if name not in seen]:
         raise ValueError(f"Expected {path} to hold all tensors of the model, but got none of {missing[:6]}.")
+    model.load_state_dict(state)  # for modules whose state dict is made of what they hold, such as accelerated ones
     return state
 
 
