@@ -60,11 +60,12 @@ site: $(STAMP)  ## Build the documentation site in build/site; warnings are erro
 notebooks: $(STAMP)  ## Run the notebooks on a small budget; the files stay as they are
 	SMALL=1 $(RUN) -m pytest --nbmake --nbmake-timeout=600 notebooks
 
-bench: $(STAMP)  ## Measure time, memory and selection into docs/*.md; let nothing else run on the machine meanwhile
+bench: $(STAMP)  ## Measure time, memory, selection and inference into docs/*.md, on a machine that is idle otherwise
 	$(RUN) benchmarks/overhead.py --profile --output docs/overhead.md \
 		--methods ST3 ST3Sigma STR AutoSparse TopKGradientAnnealing GMP RigL full-sort autograd parametrize ModelPruning
 	$(RUN) benchmarks/memory.py --output docs/memory.md
 	$(RUN) benchmarks/selection.py --output docs/selection.md
+	$(RUN) benchmarks/inference.py --compile-accelerated --output docs/inference.md
 
 constraints:  ## Resolve everything but torch anew, with the newest versions, into constraints.txt
 	rm -rf $(VENV)
