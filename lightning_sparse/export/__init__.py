@@ -1,7 +1,18 @@
 """From the trained model to what other programs load."""
 
 from lightning_sparse.export.acceleration import Acceleration, LayerTime, accelerate
+from lightning_sparse.export.explanation import Explanation, explain
 from lightning_sparse.export.inspection import inspect_checkpoint
 from lightning_sparse.export.packing import load_sparse, read_sparse, save_sparse
 
-__all__ = ["Acceleration", "LayerTime", "accelerate", "inspect_checkpoint", "load_sparse", "read_sparse", "save_sparse"]
+__all__ = [
+    "Acceleration",
+    "Explanation",
+    "LayerTime",
+    "accelerate",
+    "explain",
+    "inspect_checkpoint",
+    "load_sparse",
+    "read_sparse",
+    "save_sparse",
+]

@@ -371,6 +371,7 @@ def test_a_lightning_module_that_was_trained(sparse_wins):
     x = torch.randn(2, 1, 6, 6)
     fast = accelerate(model, x)
     assert model.trainer is trainer
+    assert fast._trainer is None
     assert fast.acceleration.accelerated
     torch.testing.assert_close(fast(x), model.eval()(x), **CLOSE)
     assert fast(x).shape == (2, CLASSES)
