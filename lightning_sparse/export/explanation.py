@@ -80,6 +80,14 @@ def _has_sparse_tensor_cores() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+def _is_small(layer: Layer) -> bool:
+    return layer.kind == "Linear" and torch.Size(layer.shape).numel() < 1024 * 1024
+
+
+def _has_zeros_enough(layer: Layer) -> bool:
+    return layer.kind != "Linear" or layer.sparsity >= (0.9 if (layer.rows or 1) > 64 else 0.8)
+
+
 _LINEAR = Condition("a linear layer", lambda layer: layer.kind == "Linear")
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -94,13 +102,8 @@ RULES = (
         (
             Condition("one matrix, not groups", lambda layer: layer.kind in ("Linear", "Conv2d")),
             Condition("float32 or float64", lambda layer: layer.dtype in DTYPES),
-            Condition(
-                "at least 256×256 weights",
-                lambda layer: torch.Size(layer.shape).numel() >= 256 * 256,
-            ),
-            Condition(
-                "at least 80 % zeros in a linear layer", lambda layer: layer.kind != "Linear" or layer.sparsity >= 0.8
-            ),
+            Condition("at least 1024×1024 weights in a linear layer", lambda layer: not _is_small(layer)),
+            Condition("at least 80 % zeros in a linear layer, 90 % with more than 64 rows", _has_zeros_enough),
             Condition(
                 "at least 90 % zeros in a convolution, of 1×1 pixels",
                 lambda layer: layer.kind == "Linear" or (layer.sparsity >= 0.9 and layer.shape[2:] == (1, 1)),
@@ -234,11 +237,11 @@ def explain(model: nn.Module, example_inputs: Any = None, *, seconds: float = 4.
         TypeError: If the model is compiled already.
 
     Example:
-        >>> layer = nn.Linear(512, 512)
+        >>> layer = nn.Linear(1024, 1024)
         >>> with torch.no_grad():
-        ...     _ = layer.weight.masked_fill_(torch.rand(512, 512) < 0.75, 0.0)
+        ...     _ = layer.weight.masked_fill_(torch.rand(1024, 1024) < 0.75, 0.0)
         >>> [line.reason for line in explain(layer).lines if "CSR" in line.runtime]
-        ['lacks at least 80 % zeros in a linear layer']
+        ['lacks at least 80 % zeros in a linear layer, 90 % with more than 64 rows']
     """
     on_cpu = all(tensor.is_cpu for tensor in (*model.parameters(), *model.buffers()))
     report: Acceleration | None = None

@@ -12,7 +12,7 @@ from tests.export.test_acceleration import SPARSE_WINS, give_times, pruned
 
 CSR, OPENVINO, SLIM, TWO_OF_FOUR = (RULES[place].runtime for place in (1, 2, 4, 5))
 IDEAL = {
-    CSR: Layer("a", "Linear", (512, 512), torch.float32, 0.8, 0, 0, is_2_4=False),
+    CSR: Layer("a", "Linear", (1024, 1024), torch.float32, 0.8, 0, 0, is_2_4=False),
     OPENVINO: Layer("a", "Linear", (64, 128), torch.int8, 0.6, 0, 0, is_2_4=False, rows=1),
     SLIM: Layer("a", "Conv2d", (8, 4, 3, 3), torch.float32, 0.1, 0, 1, is_2_4=False),
     TWO_OF_FOUR: Layer("a", "Linear", (96, 128), torch.bfloat16, 0.5, 0, 0, is_2_4=True),
@@ -41,7 +41,8 @@ def test_yes_where_all_holds(runtime, any_machine):
     ("runtime", "changes", "reason"),
     [
         (CSR, {"sparsity": 0.79}, "lacks at least 80 % zeros in a linear layer"),
-        (CSR, {"shape": (255, 256)}, "lacks at least 256×256 weights"),
+        (CSR, {"rows": 65}, "lacks at least 80 % zeros in a linear layer, 90 % with more than 64 rows"),
+        (CSR, {"shape": (1023, 1024)}, "lacks at least 1024×1024 weights"),
         (CSR, {"dtype": torch.bfloat16}, "lacks float32 or float64"),
         (CSR, {"kind": "grouped Conv2d", "shape": (512, 512, 1, 1), "sparsity": 0.9}, "lacks one matrix, not groups"),
         (CSR, {"kind": "Conv2d", "shape": (512, 512, 3, 3), "sparsity": 0.9}, "lacks at least 90 % zeros in a conv"),
