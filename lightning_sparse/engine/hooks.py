@@ -21,7 +21,7 @@ from lightning_sparse.engine.order import First, callbacks, line_up
 from lightning_sparse.engine.preflight import check_optimizers, check_overlap, check_trainer, check_weights
 from lightning_sparse.engine.rewind import Rewinder, Rounds
 from lightning_sparse.engine.steps import StepWatch, foresee, has_skipped, unscale
-from lightning_sparse.engine.targets import Target, find_targets, reshard
+from lightning_sparse.engine.targets import Target, find_targets
 from lightning_sparse.engine.watch import Watch
 from lightning_sparse.engine.weights import FORMAT, LatentWeights
 from lightning_sparse.reports import Report, Row, show_report, show_targets
@@ -123,7 +123,6 @@ class TrainingHooks(pl.Callback):
             self.rounds.length(self._clock.epochs)
 
     def _verdicts(self, module: pl.LightningModule) -> list[Target]:
-        reshard(module)
         return find_targets(module, **self.patterns)
 
     @override

@@ -87,6 +87,7 @@ def find_targets(
     """
     check_patterns("targets", targets)
     check_patterns("ignore", ignore)
+    reshard(module)
     overrides = overrides or {}
     candidates = list(_candidates(module))
     for argument, patterns in (("targets", targets), ("ignore", ignore), ("overrides", overrides)):

@@ -36,13 +36,12 @@ class Worsening(Classifier):
 class Witness(Callback):
     """Counts the zeros of the targets at the end of every epoch."""
 
-    def __init__(self):
-        self.sparsity = []
+    def __init__(self, method):
+        self.method, self.sparsity = method, []
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
-            weights = [name for name, p in pl_module.named_parameters() if p.ndim > 1]
-            self.sparsity.append(count_sparsity(pl_module, weights))
+            self.sparsity.append(count_sparsity(pl_module, self.method.targets))
 
 
 def monitor(cls=SparseModelCheckpoint, **kwargs):
@@ -64,7 +63,7 @@ def epoch_of(path):
 @pytest.mark.parametrize("listed_first", [True, False])
 def test_best_is_the_first_model_at_the_target(setting, listed_first):
     method, best, plain = setting.build(), monitor(), monitor(ModelCheckpoint, dirpath="plain")
-    witness = Witness()
+    witness = Witness(method)
     train(*([best, plain, method] if listed_first else [method, best, plain]), witness)
 
     assert epoch_of(plain.best_model_path) == 0
@@ -75,7 +74,7 @@ def test_best_is_the_first_model_at_the_target(setting, listed_first):
     )  # the ramp takes half of the training
 
     weights = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    saved = [tensor for name, tensor in weights.items() if tensor.ndim > 1]
+    saved = [weights[name] for name in method.targets]
     assert sum((t == 0).sum().item() for t in saved) / sum(t.numel() for t in saved) == witness.sparsity[2]
 
 
@@ -100,8 +99,9 @@ def test_quantities_of_the_training_epoch():
 @parametrize("STR", "AutoSparse")
 @pytest.mark.parametrize("min_sparsity", [0.0, 0.6])
 def test_min_sparsity_for_methods_without_a_budget(setting, min_sparsity):
-    best, witness = monitor(min_sparsity=min_sparsity), Witness()
-    train(setting.build(), best, witness)
+    best, method = monitor(min_sparsity=min_sparsity), setting.build()
+    witness = Witness(method)
+    train(method, best, witness)
     reached = [sparsity >= min_sparsity for sparsity in witness.sparsity]
     assert epoch_of(best.best_model_path) == reached.index(True)
     assert reached[0] == (min_sparsity == 0.0)

@@ -19,7 +19,7 @@ class Setting:
         kwargs: Its arguments; the ramp is over after half of the training.
         dense: Arguments with which it prunes nothing and passes the gradient on as it is.
         sparsity: Fraction of zeros that it ends with; None if that is an outcome.
-        unheard: Arguments with which weights that get no gradient live on.
+        unheard: Arguments with which weights that get no gradient live on, some of them.
     """
 
     method: type[SparseTraining]
@@ -66,7 +66,12 @@ SETTINGS = {
     ),
     "ST3": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "ST3-freeze": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP, "freeze": 0.6}, sparsity=0.7),
-    "ST3-block": Setting(ls.ST3, {"sparsity": 0.7, **_RAMP, "pattern": "block:1x3"}, sparsity=0.7),
+    "ST3-block": Setting(
+        ls.ST3,
+        {"sparsity": 0.7, **_RAMP, "pattern": "block:1x3"},
+        sparsity=0.7,
+        unheard={"distribution": "uniform"},  # else norms of small layers, which hardly scatter, all survive
+    ),
     "ST3-n:m": Setting(ls.ST3, {**_RAMP, "pattern": "1:3"}, {"pattern": "1:1"}, sparsity=2 / 3),
     "ST3Sigma": Setting(ls.ST3Sigma, {"sparsity": 0.7, **_RAMP}, sparsity=0.7),
     "STR": Setting(ls.STR, _THRESHOLD, _NO_THRESHOLD),
