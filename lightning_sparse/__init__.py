@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from lightning_sparse.engine.callback import SparseTraining
 from lightning_sparse.engine.checkpoint import SparseModelCheckpoint, consolidate_checkpoint
+from lightning_sparse.engine.recorder import RunRecorder
 from lightning_sparse.engine.tables import read_budgets
 from lightning_sparse.strategies import (
     ACDC,
@@ -51,6 +52,7 @@ __all__ = [
     "Powerpropagation",
     "ProbMask",
     "RigL",
+    "RunRecorder",
     "SET",
     "SNFS",
     "SSTE",

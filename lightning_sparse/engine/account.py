@@ -26,11 +26,15 @@ class Account:
     Attributes:
         flops: Dense count of the counted inputs, with the weight that causes each part; None before it is known.
         samples: Number of samples in the counted inputs.
+        densities: Density of each weight in the last training batch.
+        gradient_densities: Fraction of each weight gradient that the last training batch has computed.
     """
 
     def __init__(self) -> None:
         self.flops: FlopCount | None = None
         self.samples = 1
+        self.densities: Mapping[str, float] = {}
+        self.gradient_densities: Mapping[str, float] = {}
         self._spent = self._spent_dense = self._rate = 0.0
         self._recorder: FlopRecorder | None = None
 
@@ -85,6 +89,7 @@ class Account:
 
     def price(self, densities: Mapping[str, float], gradient_densities: Mapping[str, float]) -> None:
         """Set what a training sample costs from now on."""
+        self.densities, self.gradient_densities = densities, gradient_densities
         if self.flops is not None:
             self._rate = self.flops.training(densities, gradient_densities) / self.samples
 

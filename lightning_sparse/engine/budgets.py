@@ -4,7 +4,8 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, Self, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,6 +35,21 @@ class BudgetedTraining(TrainingHooks):
     pattern: functional.Pattern | None
     serves_patterns: bool
     signed: bool
+    # What the method was called with, defaults included.
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, as a run that is recorded shows them."""
+        self = super().__new__(cls)
+        with suppress(TypeError):  # which the call of `__init__` explains
+            signature = inspect.signature(cls)
+            bound = signature.bind_partial(*args, **kwargs)
+            bound.apply_defaults()
+            self.arguments = dict(bound.arguments)
+            for parameter in signature.parameters.values():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    self.arguments |= self.arguments.pop(parameter.name)
+        return self
 
     def select(self, latents: Sequence[Latent], sparsity: float | None, context: Context) -> list[dict[str, Tensor]]:
         """Choose what lives among weights that share a budget."""

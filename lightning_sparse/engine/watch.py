@@ -119,6 +119,11 @@ class Watch:
                 f"`{method}` has pruned {what}. Leave it dense with `ignore`, or give it a budget with `overrides`."
             )
 
+    def count_outputs(self, latents: Mapping[str, Latent]) -> dict[str, int]:
+        """Outputs of the layer of each weight."""
+        sizes = {name: (latents[name].weight.shape[dim], groups) for name, (dim, groups) in self._outputs.items()}
+        return {name: size * groups if self._outputs[name][0] else size for name, (size, groups) in sizes.items()}
+
     def count_dead(self, latents: Mapping[str, Latent]) -> dict[str, int]:
         """Dead outputs of each weight now; every rank must enter."""
         return {name: dead_outputs(whole(latent.mask), *self._outputs[name])[0] for name, latent in latents.items()}

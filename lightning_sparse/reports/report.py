@@ -7,7 +7,10 @@ from typing import Any
 
 from lightning_sparse.flops import readable
 
-__all__ = ["Report", "Row"]
+__all__ = ["PER_LAYER", "Report", "Row"]
+
+# Beginnings of the names of what is logged per layer, on request.
+PER_LAYER = ("sparsity/layer/", "threshold/", "dead_outputs/", "mask_overlap/")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from lightning_sparse.flops import readable
-from lightning_sparse.reports.report import Report, Row
+from lightning_sparse.reports.report import PER_LAYER, Report, Row
 
 __all__ = ["show_report", "show_targets"]
 
@@ -44,7 +44,7 @@ def show_report(report: Report, monitored: Mapping[str, float]) -> None:
     console = _make_console()
     console.print(table)
     for key, value in {**report.totals, **monitored}.items():
-        if not key.startswith(("sparsity/layer/", "threshold/", "dead_outputs/", "mask_overlap/")):
+        if not key.startswith(PER_LAYER):
             console.print(f"{key:<24} {readable(value) if value >= 1000 else f'{value:.4g}'}", highlight=False)
     if "flops/inference" in report.totals:
         uncounted = ", ".join(sorted(report.uncounted)) or "nothing"

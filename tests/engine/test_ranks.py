@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_sparse import consolidate_checkpoint
+from lightning_sparse.reports import read_run
 from tests.helpers.assertions import assert_same
 from tests.helpers.models import Loader, make_trainer
 from tests.helpers.ranks import SpreadClassifier, held, keep, spawn, train
@@ -26,7 +27,9 @@ def train_all(folder: Path) -> None:
     layouts = ["ddp", "fsdp", "fsdp-sharded"] + ["fsdp-tp"] * (size > 2)
     for name in SETTINGS:
         for layout in layouts:
-            keep(train(name, layout, save=folder / f"{name}-{layout}.ckpt"), folder / f"{name}-{layout}")
+            record = folder / f"{name}-{layout}.jsonl" if name in RESUMED else None
+            end = train(name, layout, save=folder / f"{name}-{layout}.ckpt", record=record)
+            keep(end, folder / f"{name}-{layout}")
     for name in RESUMED:
         for layout in layouts[:3]:
             for source in ["one", *layouts[:3]]:
@@ -99,6 +102,21 @@ def test_a_checkpoint_of_many_ranks_resumes_in_one_process(trained, size, name, 
     paths = [trained / f"{name}-{layout}.ckpt" for layout in ("ddp", "fsdp")] + [tmp_path / "whole.ckpt"]
     for path in paths:
         assert_alike(train(name, "one", resume=path), load(trained, name, "one"))
+
+
+@sizes
+@pytest.mark.parametrize("name", RESUMED)
+def test_ranks_record_what_one_process_does(trained, size, name, tmp_path):
+    train(name, "one", record=tmp_path / "one.jsonl")
+    one = read_run(tmp_path / "one.jsonl")
+    for layout in ("ddp", "fsdp"):
+        run = read_run(trained / f"{name}-{layout}.jsonl")  # written by the first rank
+        assert (run.methods, run.weights, run.epochs) == (one.methods, one.weights, one.epochs)
+        assert_same([run.masks(epoch) for epoch in run.epochs], [one.masks(epoch) for epoch in run.epochs])
+        for key in ("zeros", "dead", "grown", "dropped"):
+            assert [record[key] for record in run.records] == [record[key] for record in one.records]
+        for key in ("thresholds", "training"):
+            assert run.table(key) == pytest.approx(one.table(key), nan_ok=True)
 
 
 class Straying(Callback):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_sparse import SparseTraining
+from lightning_sparse import RunRecorder, SparseTraining
 from lightning_sparse.functional.sharding import whole
 from tests.helpers.assertions import assert_sparse
 from tests.helpers.models import Classifier, Loader, make_trainer
@@ -97,6 +97,7 @@ def train(
     layout: str,
     save: Path | None = None,
     resume: Path | None = None,
+    record: Path | None = None,
     model: Classifier | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -119,8 +120,9 @@ def train(
         for i in (0, 4)
     ]
     agreement, model = Agreement(callback), model or SpreadClassifier()
-    saver = [] if save is None else [SaveAtEpoch(save)]
-    make_trainer(agreement, callback, *saver, **flags).fit(model, batches, Loader(), ckpt_path=resume)
+    others: list[Callback] = [] if save is None else [SaveAtEpoch(save)]
+    others += [] if record is None else [RunRecorder(record)]
+    make_trainer(agreement, callback, *others, **flags).fit(model, batches, Loader(), ckpt_path=resume)
     return {**held(model, callback), "metrics": callback.metrics(), "compared": agreement.compared}
 
 
