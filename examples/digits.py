@@ -4,7 +4,8 @@
     python examples/digits.py --method STR --method GMP     # or any other strategy of the package
 
 Every run writes its logs (CSV and TensorBoard) and its best checkpoint to `<output>/<method>/version_<n>`. A table and
-`<output>/digits.png` compare the runs; `tensorboard --logdir <output>` shows the curves.
+`<output>/digits.png` compare the runs, `<output>/report.html` shows masks, thresholds and FLOPs of each layer;
+`tensorboard --logdir <output>` shows the curves.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import time
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -32,9 +34,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import SparseModelCheckpoint, strategies
+from lightning_sparse import RunRecorder, SparseModelCheckpoint, strategies
 from lightning_sparse.flops import count_flops
 from lightning_sparse.functional import sparsity
+from lightning_sparse.reports import read_run, write_report
 
 # Settings for a run of 320 steps. A strategy that is not listed runs with its defaults.
 OFTEN = {"sparsity": 0.9, "update_every_n_steps": 10}
@@ -142,10 +145,11 @@ def run(name, args, dense=None):
     methods = [] if name == "dense" else [getattr(strategies, name)(**SETTINGS.get(name, {}))]
     best = SparseModelCheckpoint(monitor="val_loss", min_sparsity=min(args.min_sparsity, LEAST.get(name, 1.0)))
     timer, log = StepTimer(), CSVLogger(args.output, name)
+    record = RunRecorder(Path(log.log_dir, "run.jsonl"))
     trainer = L.Trainer(
         max_epochs=args.epochs,
         accelerator="cpu",
-        callbacks=[*methods, best, timer, TQDMProgressBar(refresh_rate=8)],
+        callbacks=[*methods, best, timer, record, TQDMProgressBar(refresh_rate=8)],
         logger=[log, TensorBoardLogger(args.output, name, log.version)],
         log_every_n_steps=5,
         enable_model_summary=False,
@@ -173,6 +177,7 @@ def run(name, args, dense=None):
         "zipped": len(zlib.compress(file.getvalue(), 9)),
         "layers": {layer: sparsity([weight]) for layer, weight in weights.items()},
         "log": Path(log.log_dir, "metrics.csv"),
+        "record": replace(read_run(record.path), name=name),
     }
 
 
@@ -252,6 +257,7 @@ def main(arguments=None):
     results |= {name: run(name, args, results["dense"]) for name in args.method or ["ST3", "AutoSparse"]}
     show(results)
     draw(results, args.output / "digits.png")
+    write_report([result["record"] for result in results.values()], args.output / "report.html")
 
 
 if __name__ == "__main__":

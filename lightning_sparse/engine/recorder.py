@@ -30,7 +30,8 @@ class RunRecorder(pl.Callback):
     replaces its file. The format is described in :mod:`lightning_sparse.reports.runs`.
 
     Args:
-        path: The file, by custom ``*.jsonl``; None for ``run.jsonl`` in the folder of the Trainer's logger.
+        path: The file, by custom ``*.jsonl``; None for ``run.jsonl`` in the folder that the logger has for the
+            run.
         masks: Whether to record the masks, and what is dropped and grown. They take about 0.03 bytes per weight and
             epoch where 3 % of them change.
 
@@ -82,11 +83,11 @@ class RunRecorder(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins. Opens the file and records what training starts from."""
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir, "run.jsonl"))
         if trainer.is_global_zero:
+            path = Path(_folder(trainer), "run.jsonl") if self.path is None else Path(self.path)
             self._file = RunFile(path, self._header(trainer))
             self._file.open(trainer.global_step, self._earlier)
-        self._earlier = path
+            self._earlier = path
         # An epoch that is resumed from its last batch has no end.
         loop = trainer.fit_loop
         over = loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches
@@ -167,6 +168,15 @@ class RunRecorder(pl.Callback):
 
 def _strategies(trainer: pl.Trainer) -> list[SparseTraining]:
     return [callback for callback in callbacks(trainer) if isinstance(callback, SparseTraining)]
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    """Where Lightning puts what belongs to one run, such as its checkpoints."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_sparse.reports.runs import Run, Table
 
-__all__ = ["Bars", "Chart", "Heat", "Line", "Lines", "best", "comparison", "direction", "of_run", "shorten"]
+__all__ = ["Bars", "Chart", "Heat", "Line", "Lines", "best", "comparison", "cut", "direction", "of_run", "shorten"]
 
 # Okabe and Ito, without black and yellow, which are lost on dark and on light ground.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -307,11 +307,11 @@ def depth(position: float) -> str:
 
 
 def shorten(names: Sequence[str], width: int = 18) -> list[str]:
-    """Names that fit beside a chart: without what all have in common at their ends, and cut in the middle.
+    """Names that fit beside a chart: without what all have in common, and abbreviated where they are too long.
 
     Example:
-        >>> shorten(["model.stem.weight", "model.layer1.0.downsample.0.weight"])
-        ['stem', 'layer1.0.…sample.0']
+        >>> shorten(["model.stem.weight", "model.layer1.0.downsample.0.weight", "model.block.3.attention.out.weight"])
+        ['stem', 'lay1.0.dow.0', 'blo.3.att.out']
     """
     parts = [name.split(".") for name in names]
     start = end = 0
@@ -319,6 +319,21 @@ def shorten(names: Sequence[str], width: int = 18) -> list[str]:
         start += 1
     while all(len(p) > start + end + 1 for p in parts) and {p[-1 - end] for p in parts} == {"weight"}:
         end += 1
-    short = [".".join(p[start : len(p) - end]) for p in parts]
+    return [_abbreviate(p[start : len(p) - end], width) for p in parts]
+
+
+def _abbreviate(parts: Sequence[str], width: int) -> str:
+    """Keep numbers and the last part as long as they fit."""
+    short = ".".join(parts)
+    for letters in (3, 1):
+        if len(short) > width:
+            short = ".".join(
+                [*(re.sub(rf"^([^\d]{{{letters}}})[^\d]*", r"\1", part) for part in parts[:-1]), parts[-1]]
+            )
+    return cut(short, width)
+
+
+def cut(name: str, width: int = 28) -> str:
+    """The beginning and the end of a name that is too long."""
     half = (width - 1) // 2
-    return [name if len(name) <= width else f"{name[: width - 1 - half]}…{name[-half:]}" for name in short]
+    return name if len(name) <= width else f"{name[: width - 1 - half]}…{name[-half:]}"

@@ -17,6 +17,7 @@ from lightning_sparse.reports.charts import (
     Lines,
     best,
     comparison,
+    cut,
     direction,
     of_run,
     shorten,
@@ -271,7 +272,8 @@ def _(chart: Lines) -> Figure:
         {
             "type": "scatter",
             "mode": "lines" if len(line.points) > 40 or line.minor else "lines+markers",
-            "name": line.name,
+            "name": _escape(cut(line.name)),
+            "meta": _escape(line.name),
             "x": list(line.points),
             "y": list(line.points.values()),
             "line": {
@@ -281,7 +283,7 @@ def _(chart: Lines) -> Figure:
             },
             "marker": {"size": 5},
             "showlegend": not line.minor,
-            "hovertemplate": f"%{{fullData.name}}<br>epoch %{{x}}: {value}<extra></extra>",
+            "hovertemplate": f"%{{meta}}<br>epoch %{{x}}: {value}<extra></extra>",
         }
         for line in chart.lines
     ]
@@ -295,7 +297,7 @@ def _(chart: Heat) -> Figure:
         "z": chart.values.tolist(),
         "x": list(chart.columns),
         "y": list(range(len(chart.rows))),
-        "customdata": [[name] * len(chart.columns) for name in chart.rows],
+        "customdata": [[_escape(name)] * len(chart.columns) for name in chart.rows],
         "colorscale": "Viridis",
         "zmin": 0,
         "zmax": 1 if chart.percent else None,
@@ -312,12 +314,13 @@ def _(chart: Bars) -> Figure:
         {
             "type": "bar",
             "orientation": "h",
-            "name": name,
+            "name": _escape(cut(name)),
+            "meta": _escape(name),
             "x": list(values),
             "y": list(range(len(chart.rows))),
-            "customdata": list(chart.rows),
+            "customdata": [_escape(name) for name in chart.rows],
             "marker": {"color": color, "opacity": 0.45 if chart.behind and color == chart.colors[0] else 1},
-            "hovertemplate": f"%{{customdata}}<br>{_escape(name)}: {value}<extra></extra>",
+            "hovertemplate": f"%{{customdata}}<br>%{{meta}}: {value}<extra></extra>",
         }
         for (name, values), color in zip(chart.groups.items(), chart.colors, strict=True)
     ]

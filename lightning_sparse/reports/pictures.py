@@ -1,10 +1,11 @@
 """Charts as PNG files."""
 
+import textwrap
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_sparse.reports.charts import Bars, Chart, Heat, Lines, shorten
+from lightning_sparse.reports.charts import Bars, Chart, Heat, Lines, cut, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +32,8 @@ def draw(chart: Chart, path: Path) -> None:
     figure = Figure(figsize=(8, max(4.0, 1.5 + 0.2 * rows)), layout="constrained")
     axes = figure.subplots()
     _fill(chart, axes)
-    axes.set_title(f"{chart.title}\n", loc="left", fontsize=12, fontweight="bold")
-    axes.text(0, 1.02, chart.note, transform=axes.transAxes, fontsize=9, color="#57606a")
+    figure.suptitle(textwrap.fill(chart.title, 75), x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+    axes.set_title(textwrap.fill(chart.note, 95), loc="left", fontsize=9, color="#57606a", parse_math=False)
     axes.set_xlabel(chart.x)
     axis = axes.xaxis if isinstance(chart, Bars) else axes.yaxis
     if not isinstance(chart, Bars):
@@ -57,7 +58,7 @@ def _(chart: Lines, axes: "Axes") -> None:
             list(line.points),
             list(line.points.values()),
             color=line.color,
-            label=None if line.minor else line.name,
+            label=None if line.minor else cut(line.name),
             linestyle="--" if line.dashed else "-",
             linewidth=0.8 if line.minor else 2,
             marker=None if line.minor or len(line.points) > 40 else "o",
@@ -82,7 +83,7 @@ def _(chart: Bars, axes: "Axes") -> None:
     for i, ((name, values), color) in enumerate(zip(chart.groups.items(), chart.colors, strict=True)):
         place = 0 if chart.behind else i
         rows = [row + (place - (number - 1) / 2) * 0.8 / number for row in range(len(chart.rows))]
-        axes.barh(rows, values, 0.8 / number, color=color, label=name, alpha=0.45 if chart.behind and not i else 1)
+        axes.barh(rows, values, 0.8 / number, color=color, label=cut(name), alpha=0.45 if chart.behind and not i else 1)
     axes.set_yticks(range(len(chart.rows)), shorten(chart.rows, 30), fontsize=8)
     axes.invert_yaxis()
     _plain(axes, legend=True)
@@ -93,4 +94,4 @@ def _plain(axes: "Axes", *, legend: bool) -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     if legend:
-        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)

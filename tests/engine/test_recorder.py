@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sparse import SET, ST3, RunRecorder
 from lightning_sparse.engine.watch import dead_outputs
@@ -112,6 +113,10 @@ def test_metrics_are_recorded_when_they_are_news():
 def test_the_file_lies_beside_the_logs_by_default():
     fit(Classifier(), RunRecorder(), default_root_dir="here")
     assert read_run("here").epochs == [0, 1, 2, 3]
+    for _ in range(2):
+        trainer = fit(Classifier(), RunRecorder(), logger=CSVLogger("logs", "name"), max_epochs=1)
+        assert Path(trainer.log_dir, "run.jsonl").exists()
+    assert [read_run(f"logs/name/version_{i}").epochs for i in range(2)] == [[0, 1], [0, 1]]
 
 
 def record(path, method, *callbacks, **kwargs):
