@@ -145,11 +145,10 @@ def run(name, args, dense=None):
     methods = [] if name == "dense" else [getattr(strategies, name)(**SETTINGS.get(name, {}))]
     best = SparseModelCheckpoint(monitor="val_loss", min_sparsity=min(args.min_sparsity, LEAST.get(name, 1.0)))
     timer, log = StepTimer(), CSVLogger(args.output, name)
-    record = RunRecorder(Path(log.log_dir, "run.jsonl"))
     trainer = L.Trainer(
         max_epochs=args.epochs,
         accelerator="cpu",
-        callbacks=[*methods, best, timer, record, TQDMProgressBar(refresh_rate=8)],
+        callbacks=[*methods, best, timer, RunRecorder(), TQDMProgressBar(refresh_rate=8)],
         logger=[log, TensorBoardLogger(args.output, name, log.version)],
         log_every_n_steps=5,
         enable_model_summary=False,
@@ -177,7 +176,7 @@ def run(name, args, dense=None):
         "zipped": len(zlib.compress(file.getvalue(), 9)),
         "layers": {layer: sparsity([weight]) for layer, weight in weights.items()},
         "log": Path(log.log_dir, "metrics.csv"),
-        "record": replace(read_run(record.path), name=name),
+        "record": replace(read_run(log.log_dir), name=name),
     }
 
 

@@ -60,6 +60,8 @@ def test_digits_writes_what_it_promises(digits, capsys, monkeypatch):
     for method in ("dense", "ST3", "AutoSparse"):
         assert [line for line in lines if line.startswith(f"{method} ") and "%" in line and "kB" in line], method
         assert list(Path("out", method, "version_0").glob("events.out.tfevents*"))
+    page = Path("out/report.html").read_text("utf-8")
+    assert "<title>dense and ST3 and AutoSparse</title>" in page
     with Image.open("out/digits.png") as picture:
         assert picture.width >= 1000
         assert len(picture.convert("L").getcolors()) > 50  # not an empty sheet

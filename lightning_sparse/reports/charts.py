@@ -261,7 +261,8 @@ def _agreement(one: Run, other: Run) -> list[Chart]:
     if not rows:
         return []
     groups = {"chance": chance, "found": found}
-    note = f"Kept by {one.name} and {other.name}, divided by kept by either. Grey: random masks of these sparsities."
+    names = f"{cut(one.name)} and {cut(other.name)}"
+    note = f"Kept by {names}, divided by kept by either. Grey: random masks of these sparsities."
     return [
         Bars(
             "masks-compared",
@@ -314,12 +315,11 @@ def shorten(names: Sequence[str], width: int = 18) -> list[str]:
         ['stem', 'lay1.0.dow.0', 'blo.3.att.out']
     """
     parts = [name.split(".") for name in names]
-    start = end = 0
+    parts = [part[:-1] if len(part) > 1 and part[-1] == "weight" else part for part in parts]
+    start = 0
     while len(names) > 1 and all(len(p) > start + 1 for p in parts) and len({p[start] for p in parts}) == 1:
         start += 1
-    while all(len(p) > start + end + 1 for p in parts) and {p[-1 - end] for p in parts} == {"weight"}:
-        end += 1
-    return [_abbreviate(p[start : len(p) - end], width) for p in parts]
+    return [_abbreviate(p[start:], width) for p in parts]
 
 
 def _abbreviate(parts: Sequence[str], width: int) -> str:

@@ -40,14 +40,13 @@ _STYLE = """
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--ground); color: var(--text);
-       font: 16px/1.5 system-ui, sans-serif }
+       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem }
 h2 { font-size: 1.25rem; margin: 2rem 0 .75rem }
 h3 { font-size: 1rem; margin: 0 }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: .9rem }
-th, td { text-align: left; vertical-align: top; padding: .35rem .5rem; border-top: 1px solid var(--line);
-         overflow-wrap: anywhere }
+th, td { text-align: left; vertical-align: top; padding: .35rem .5rem; border-top: 1px solid var(--line) }
 thead th { border-top: none }
 th { font-weight: 600 }
 th:first-child { width: min(34%, 12rem) }

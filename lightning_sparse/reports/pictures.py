@@ -24,26 +24,28 @@ def draw(chart: Chart, path: Path) -> None:
         ModuleNotFoundError: If matplotlib is missing.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Pictures need a package: pip install 'lightning-sparse[report]'.") from error
     rows = len(chart.rows) if isinstance(chart, Heat | Bars) else 0
-    figure = Figure(figsize=(8, max(4.0, 1.5 + 0.2 * rows)), layout="constrained")
-    axes = figure.subplots()
-    _fill(chart, axes)
-    figure.suptitle(textwrap.fill(chart.title, 75), x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    axes.set_title(textwrap.fill(chart.note, 95), loc="left", fontsize=9, color="#57606a", parse_math=False)
-    axes.set_xlabel(chart.x)
-    axis = axes.xaxis if isinstance(chart, Bars) else axes.yaxis
-    if not isinstance(chart, Bars):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if chart.percent and not isinstance(chart, Heat):
-        axis.set_major_formatter(PercentFormatter(1.0))
-    elif isinstance(chart, Bars):
-        axis.set_major_formatter(EngFormatter(sep=" "))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    with rc_context({"text.parse_math": False}):  # names are taken literally
+        figure = Figure(figsize=(8, max(4.0, 1.5 + 0.2 * rows)), layout="constrained")
+        axes = figure.subplots()
+        _fill(chart, axes)
+        figure.suptitle(textwrap.fill(chart.title, 75), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        axes.set_title(textwrap.fill(chart.note, 95), loc="left", fontsize=9, color="#57606a")
+        axes.set_xlabel(chart.x)
+        axis = axes.xaxis if isinstance(chart, Bars) else axes.yaxis
+        if not isinstance(chart, Bars):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if chart.percent and not isinstance(chart, Heat):
+            axis.set_major_formatter(PercentFormatter(1.0))
+        elif isinstance(chart, Bars):
+            axis.set_major_formatter(EngFormatter(sep=" "))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
 
 
 @singledispatch
@@ -64,7 +66,7 @@ def _(chart: Lines, axes: "Axes") -> None:
             marker=None if line.minor or len(line.points) > 40 else "o",
             markersize=4,
         )
-    _plain(axes, legend=not all(line.minor for line in chart.lines))
+    _plain(axes, legend=len(chart.lines) > 1 and not all(line.minor for line in chart.lines))
 
 
 @_fill.register(Heat)
