@@ -15,7 +15,7 @@ __all__ = ["Bars", "Chart", "Heat", "Line", "Lines", "best", "comparison", "cut"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#8A8F98"
 _DEPTH = ((68, 58, 131), (49, 104, 142), (33, 145, 140), (53, 183, 121), (122, 200, 70))  # viridis without its ends
-_HIGHER = re.compile(r"acc|auc|auroc|bleu|dice|f1|iou|map|precision|r2|recall|rouge|score|top\d?", re.IGNORECASE)
+_HIGHER = re.compile(r"acc|auc|auroc|bleu|dice|f1|iou|map|precision|r2|recall|score|top\d?", re.IGNORECASE)
 _LOWER = re.compile(r"err|loss|mae|mse|nll|perplexity|ppl|wer", re.IGNORECASE)
 _OURS = ("sparsity/", "flops/", "parameters/", "bytes/")
 

@@ -51,8 +51,9 @@ thead th { border-top: none }
 th { font-weight: 600 }
 th:first-child { width: min(34%, 12rem) }
 tbody th { color: var(--soft); font-weight: 400 }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)) }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: 8px; min-width: 0 }
+.charts { columns: 30rem 2; column-gap: 1rem }
+.charts figure { break-inside: avoid; margin-bottom: 1rem }
 figcaption { color: var(--soft); font-size: .85rem; min-height: 1.3em }
 @media (max-width: 600px) {
   body { padding: .5rem }
@@ -127,7 +128,7 @@ def write_report(
     sections += [(run.name, of_run(run, COLORS[i % len(COLORS)])) for i, run in enumerate(all_runs)]
     for number, (title, charts) in enumerate(sections):
         if charts:
-            body.append(f'<section><h2>{_escape(title)}</h2><div class="grid">')
+            body.append(f'<section><h2>{_escape(title)}</h2><div class="charts">')
             for chart in charts:
                 key = f"chart-{number}-{chart.key}"
                 figures[key] = {"data": [], **_figure(chart)}
@@ -164,6 +165,11 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
 
 def _escape(text: object) -> str:
     return html.escape(str(text))
+
+
+def _literally(name: str) -> str:
+    """A name as plotly.js takes it, which knows few entities."""
+    return html.escape(name, quote=False)
 
 
 def _breakable(text: str) -> str:
@@ -271,8 +277,8 @@ def _(chart: Lines) -> Figure:
         {
             "type": "scatter",
             "mode": "lines" if len(line.points) > 40 or line.minor else "lines+markers",
-            "name": _escape(cut(line.name)),
-            "meta": _escape(line.name),
+            "name": _literally(cut(line.name)),
+            "meta": _literally(line.name),
             "x": list(line.points),
             "y": list(line.points.values()),
             "line": {
@@ -296,7 +302,7 @@ def _(chart: Heat) -> Figure:
         "z": chart.values.tolist(),
         "x": list(chart.columns),
         "y": list(range(len(chart.rows))),
-        "customdata": [[_escape(name)] * len(chart.columns) for name in chart.rows],
+        "customdata": [[_literally(name)] * len(chart.columns) for name in chart.rows],
         "colorscale": "Viridis",
         "zmin": 0,
         "zmax": 1 if chart.percent else None,
@@ -313,11 +319,11 @@ def _(chart: Bars) -> Figure:
         {
             "type": "bar",
             "orientation": "h",
-            "name": _escape(cut(name)),
-            "meta": _escape(name),
+            "name": _literally(cut(name)),
+            "meta": _literally(name),
             "x": list(values),
             "y": list(range(len(chart.rows))),
-            "customdata": [_escape(name) for name in chart.rows],
+            "customdata": [_literally(name) for name in chart.rows],
             "marker": {"color": color, "opacity": 0.45 if chart.behind and color == chart.colors[0] else 1},
             "hovertemplate": f"%{{customdata}}<br>%{{meta}}: {value}<extra></extra>",
         }
@@ -333,7 +339,7 @@ def _values(chart: Chart) -> Figure:
 
 def _rows(names: Sequence[str]) -> Figure:
     size = 11 if len(names) <= 40 else 9
-    ticks = {"tickvals": list(range(len(names))), "ticktext": [_escape(name) for name in shorten(names)]}
+    ticks = {"tickvals": list(range(len(names))), "ticktext": [_literally(name) for name in shorten(names)]}
     return {"autorange": "reversed", "automargin": True, "showgrid": False, "tickfont": {"size": size}, **ticks}
 
 
