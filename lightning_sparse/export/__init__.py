@@ -4,15 +4,19 @@ from lightning_sparse.export.acceleration import Acceleration, LayerTime, accele
 from lightning_sparse.export.explanation import Explanation, explain
 from lightning_sparse.export.inspection import inspect_checkpoint
 from lightning_sparse.export.packing import load_sparse, read_sparse, save_sparse
+from lightning_sparse.export.slimming import SlimLayer, Slimming, slim
 
 __all__ = [
     "Acceleration",
     "Explanation",
     "LayerTime",
+    "SlimLayer",
+    "Slimming",
     "accelerate",
     "explain",
     "inspect_checkpoint",
     "load_sparse",
     "read_sparse",
     "save_sparse",
+    "slim",
 ]
