@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["arguments", "copy_for_inference", "largest_difference", "outputs", "rounding"]
+__all__ = ["arguments", "copy_model", "largest_difference", "outputs", "rounding"]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -25,10 +25,10 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
-def copy_for_inference(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without the Trainer that a LightningModule holds."""
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy without the Trainer that a LightningModule holds."""
     held = (getattr(module, "_trainer", None) for module in model.modules())
-    return copy.deepcopy(model, {id(trainer): None for trainer in held if trainer is not None}).eval()
+    return copy.deepcopy(model, {id(trainer): None for trainer in held if trainer is not None})
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sparse.export.unknowns import Unknowns
 
-__all__ = ["Member", "find_groups", "follow", "provable", "reads"]
+__all__ = ["Member", "Removed", "find_groups", "follow", "provable", "reads"]
 
 
 def reads(layer: Any) -> Tensor:
@@ -36,7 +36,7 @@ class Member(NamedTuple):
     roots: Tensor
 
 
-_Removed: TypeAlias = dict[tuple[str, str], Tensor]  # bool, which channels of a side of a layer go
+Removed: TypeAlias = dict[tuple[str, str], Tensor]  # bool, which channels of a side of a layer go
 
 
 def follow(pruning: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +94,7 @@ def _member(pruning: Any, graph: Any, names: Mapping[nn.Module, str], item: Any)
     return member if member.indices.max() < _size(member) else None
 
 
-def _unread(groups: list[list[Member]]) -> _Removed:
+def _unread(groups: list[list[Member]]) -> Removed:
     """Channels that nothing reads. One is left of each layer."""
     members = [member for group in groups for member in group]
     readers = {member.name: reads(member.layer).float() for member in members if member.side == "in"}
@@ -120,7 +120,7 @@ def _unread(groups: list[list[Member]]) -> _Removed:
     return {key: gone for key, gone in removed.items() if gone.any()}
 
 
-def _dead_roots(group: list[Member], readers: Mapping[str, Tensor], removed: _Removed) -> Tensor:
+def _dead_roots(group: list[Member], readers: Mapping[str, Tensor], removed: Removed) -> Tensor:
     """Of a group, the channels that some layer could read and none does."""
     count = 1 + max(int(member.roots.max()) for member in group)
     known, read = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
@@ -140,7 +140,7 @@ def _size(member: Member) -> int:
     return int(layer.num_features if isinstance(layer, _BatchNorm) else len(layer.weight))
 
 
-def provable(groups: list[list[Member]], trace: Callable[[Mapping[str, Tensor]], Unknowns]) -> _Removed:
+def provable(groups: list[list[Member]], trace: Callable[[Mapping[str, Tensor]], Unknowns]) -> Removed:
     """What can go: that of all groups, or if there is no proof, of those for which there is one alone."""
     removed = _unread(groups)
     if not removed or _is_proven(removed, trace):
@@ -150,7 +150,7 @@ def provable(groups: list[list[Member]], trace: Callable[[Mapping[str, Tensor]],
     return removed if _is_proven(removed, trace) else {}
 
 
-def _is_proven(removed: _Removed, trace: Callable[[Mapping[str, Tensor]], Unknowns]) -> bool:
+def _is_proven(removed: Removed, trace: Callable[[Mapping[str, Tensor]], Unknowns]) -> bool:
     """Whether no output depends on these channels, and they are the same ones wherever they arrive."""
     run = trace({name: gone.nonzero().flatten() for (name, side), gone in removed.items() if side != "in"})
     expected = {name: gone for (name, side), gone in removed.items() if side != "out"}

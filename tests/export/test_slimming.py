@@ -405,6 +405,23 @@ def test_wrong_groups_are_not_believed(monkeypatch):
     assert_same(model, slimmed, example.double())
 
 
+def test_what_has_a_size_of_its_own_keeps_its_channels():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+            self.register_buffer("scale", torch.arange(6.0) - 2)
+
+        def forward(self, x):
+            return self.c(F.relu(self.b(self.scale * self.a(x))))
+
+    model = kill(Scaled(), 0.5)
+    slimmed = slim(model, torch.randn(2, 5).double())
+    assert slimmed.a.weight.shape == (6, 5)
+    assert slimmed.c.weight.shape == (2, int(model.b.weight.any(1).sum()))
+    assert_same(model, slimmed, torch.randn(2, 5).double())
+
+
 def test_random_numbers_are_no_constants():
     class Noisy(nn.Module):
         def __init__(self):
