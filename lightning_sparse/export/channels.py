@@ -94,35 +94,53 @@ def _member(pruning: Any, graph: Any, names: Mapping[nn.Module, str], item: Any)
     return member if member.indices.max() < _size(member) else None
 
 
-def _unread(groups: list[list[Member]]) -> Removed:
-    """Channels that nothing reads. One is left of each layer."""
+def _unread(groups: list[list[Member]], multiple_of: int) -> Removed:
+    """Channels that nothing reads. One is left of each layer, and as many more as make a multiple."""
+    spared = [torch.zeros(_count(group), dtype=torch.bool) for group in groups]
+    removed, dead = _settle(groups, spared)
+    for group, gone, keep in zip(groups, dead, spared, strict=True):
+        missing = -int((~gone).sum()) % multiple_of
+        rows = torch.zeros(_count(group), dtype=torch.bool)  # those that read something are spared last
+        for member in group:
+            if member.side == "out":
+                rows[member.roots[reads(member.layer).any(0)[member.indices]]] = True
+        order = torch.cat([(gone & ~rows).nonzero(), (gone & rows).nonzero()]).flatten()
+        keep[order[:missing]] = True
+    return removed if multiple_of == 1 else _settle(groups, spared)[0]
+
+
+def _settle(groups: list[list[Member]], spared: list[Tensor]) -> tuple[Removed, list[Tensor]]:
+    """What can go, and which channels of each group that are, until nothing more can."""
     members = [member for group in groups for member in group]
     readers = {member.name: reads(member.layer).float() for member in members if member.side == "in"}
     sizes = {(member.name, member.side): _size(member) for member in members}
     removed = {key: torch.zeros(size, dtype=torch.bool) for key, size in sizes.items()}
-    spared: dict[int, set[int]] = {}
+    dead = [torch.zeros_like(keep) for keep in spared]
     changed = True
     while changed:
         changed = False
         for number, group in enumerate(groups):
-            dead = _dead_roots(group, readers, removed)
-            dead[list(spared.get(number, ()))] = False
+            now = _dead_roots(group, readers, removed) & ~spared[number]
             for member in group:
                 gone = removed[member.name, member.side]
-                new = member.indices[dead[member.roots] & ~gone[member.indices]]
+                new = member.indices[now[member.roots] & ~gone[member.indices]]
                 if len(new) and int(gone.sum()) + len(new) == len(gone):
-                    spared.setdefault(number, set()).add(int(member.roots[member.indices == new[0]][0]))
-                    dead[list(spared[number])] = False
+                    spared[number][member.roots[member.indices == new[0]]] = True
+                    now &= ~spared[number]
             for member in group:
-                gone, indices = removed[member.name, member.side], member.indices[dead[member.roots]]
-                changed |= not bool(gone[indices].all())
-                gone[indices] = True
-    return {key: gone for key, gone in removed.items() if gone.any()}
+                removed[member.name, member.side][member.indices[now[member.roots]]] = True
+            changed |= not torch.equal(now, dead[number])
+            dead[number] = now
+    return {key: gone for key, gone in removed.items() if gone.any()}, dead
+
+
+def _count(group: list[Member]) -> int:
+    return 1 + max(int(member.roots.max()) for member in group)
 
 
 def _dead_roots(group: list[Member], readers: Mapping[str, Tensor], removed: Removed) -> Tensor:
     """Of a group, the channels that some layer could read and none does."""
-    count = 1 + max(int(member.roots.max()) for member in group)
+    count = _count(group)
     known, read = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     for member in group:
         if member.side == "in":
@@ -140,13 +158,15 @@ def _size(member: Member) -> int:
     return int(layer.num_features if isinstance(layer, _BatchNorm) else len(layer.weight))
 
 
-def provable(groups: list[list[Member]], trace: Callable[[Mapping[str, Tensor]], Unknowns]) -> Removed:
+def provable(
+    groups: list[list[Member]], trace: Callable[[Mapping[str, Tensor]], Unknowns], multiple_of: int = 1
+) -> Removed:
     """What can go: that of all groups, or if there is no proof, of those for which there is one alone."""
-    removed = _unread(groups)
+    removed = _unread(groups, multiple_of)
     if not removed or _is_proven(removed, trace):
         return removed
-    kept = [group for group in groups if _is_proven(_unread([group]), trace)]
-    removed = _unread(kept)
+    kept = [group for group in groups if _is_proven(_unread([group], multiple_of), trace)]
+    removed = _unread(kept, multiple_of)
     return removed if _is_proven(removed, trace) else {}
 
 

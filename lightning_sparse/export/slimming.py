@@ -69,7 +69,7 @@ class Slimming:
         return "\n".join([*lines, f"{before:,} parameters before, {after:,} after: {after / max(1, before):.1%}"])
 
 
-def slim(model: nn.Module, example_inputs: Any) -> nn.Module:
+def slim(model: nn.Module, example_inputs: Any, *, multiple_of: int = 1) -> nn.Module:
     """Copy a model for inference without its dead channels, so that any engine runs the smaller one at full speed.
 
     A channel is dead if nothing reads it: its weights in the next layers are all zero, or what it is there is the same
@@ -85,6 +85,8 @@ def slim(model: nn.Module, example_inputs: Any) -> nn.Module:
     Args:
         model: The model; it is not changed.
         example_inputs: What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        multiple_of: What the number of channels that are left is to be a multiple of, where channels go: kernels work
+            on 8 or 16 at a time, and some have none for other numbers.
 
     Returns:
         The copy, in evaluation mode; its weights have other shapes. Its attribute ``slimming`` is a :class:`Slimming`:
@@ -108,6 +110,8 @@ def slim(model: nn.Module, example_inputs: Any) -> nn.Module:
         2      2×8     2×3    0
         58 parameters before, 23 after: 39.7%
     """
+    if multiple_of < 1:
+        raise ValueError(f"Expected argument `multiple_of` to be at least 1, but got {multiple_of}.")
     pruning, (args, kwargs) = _torch_pruning(), arguments(example_inputs)
     slimmed = copy_model(model).eval()
     inputs = [(args, kwargs), tree_map_only(Tensor, _other, (args, kwargs))]
@@ -125,7 +129,9 @@ def slim(model: nn.Module, example_inputs: Any) -> nn.Module:
     groups = list(find_groups(pruning, graph, layers))
 
     def without(groups: list[list[Member]]) -> nn.Module:
-        removed = provable(groups, lambda unknown: Unknowns(program, slimmed, unknown).trace(*args, **kwargs))
+        removed = provable(
+            groups, lambda unknown: Unknowns(program, slimmed, unknown).trace(*args, **kwargs), multiple_of
+        )
         return _cut(graph, slimmed, removed)
 
     smaller = without(groups)

@@ -377,6 +377,18 @@ def test_one_channel_is_left_of_a_dead_layer():
     torch.testing.assert_close(slimmed(torch.ones(2, 4)), model(torch.ones(2, 4)))
 
 
+def test_what_is_left_is_a_multiple():
+    model = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+    with torch.no_grad():
+        model[0].weight[:9] = 0.0
+        model[2].weight[:4] = 0.0
+    slimmed = slim(model, torch.randn(2, 4).double(), multiple_of=8)
+    assert [len(layer.weight) for layer in slimmed if isinstance(layer, nn.Linear)] == [16, 8, 3]
+    assert_same(model, slimmed, torch.randn(5, 4).double())
+    with pytest.raises(ValueError, match="Expected argument `multiple_of` to be at least 1, but got 0"):
+        slim(model, torch.randn(2, 4), multiple_of=0)
+
+
 def test_a_wrong_result_is_not_returned(monkeypatch):
     model = kill(MODELS["plain"]()[0], 0.5)
     right = slimming._fold
