@@ -66,6 +66,9 @@ bench: $(STAMP)  ## Measure time, memory, selection and inference into docs/*.md
 	$(RUN) benchmarks/memory.py --output docs/memory.md
 	$(RUN) benchmarks/selection.py --output docs/selection.md
 	$(RUN) benchmarks/inference.py --compile-accelerated --output docs/inference.md
+	$(RUN) benchmarks/size.py --output docs/size.md
+	$(RUN) benchmarks/slimming.py --dead half --output docs/slimming.md
+	$(RUN) benchmarks/subnormals.py --output docs/subnormals.md
 
 constraints:  ## Resolve everything but torch anew, with the newest versions, into constraints.txt
 	rm -rf $(VENV)
