@@ -3,49 +3,18 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse import cards, strategies
-from lightning_sparse.export import inspect_checkpoint
+from lightning_sparse._commands import COMMANDS, methods
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = ["main"]
-
-
-def methods(name: str | None, fill: Sequence[Path]) -> None:
-    """List the methods, one per line, or show all about one."""
-    known = {method: vars(strategies)[method] for method in strategies.__all__}
-    if name is not None and name not in known:
-        raise ValueError(f"Expected argument `NAME` to be one of {', '.join(known)}, but got {name!r}.")
-    for path in fill:
-        try:
-            text = cards.fill(path.read_text("utf-8"), cards.parts(known.values()))
-        except ValueError as error:
-            raise ValueError(f"`{path}`: {error}") from error
-        path.write_text(text, "utf-8")
-    if name is not None:
-        print(cards.sheet(known[name]))
-    elif not fill:
-        print("\n".join(cards.line(method, max(map(len, known))) for method in known.values()))
-
-
-def inspect(checkpoint: Path) -> None:
-    """Count the zeros in anybody's checkpoint; nothing in it is run.
-
-    Args:
-        checkpoint: Of Lightning, a state dict of torch.save, or safetensors, packed or not.
-    """
-    print(inspect_checkpoint(checkpoint))
-
-
-# In the order of the help. The arguments of a command are those of its function, in the words of its docstring.
-COMMANDS: dict[str, Callable[..., None]] = {"methods": methods, "inspect": inspect}
 
 
 def make_parser() -> "ArgumentParser":
@@ -76,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("The command line needs jsonargparse: pip install 'lightning-sparse[cli]'")
     words = sys.argv[1:] if arguments is None else arguments
     training = list(words[:1]) == ["fit"]
+    sys.path.insert(0, os.getcwd())  # where classes like `my_package.Model` are found, as they are by `python -m`
     try:
         if training:
             from lightning_sparse._fit import Fit
 
-            sys.path.insert(0, os.getcwd())  # where `--model module.Class` is found, as it is by `python -m`
             Fit(arguments)
         else:
             chosen = parser.parse_args(arguments)

@@ -13,7 +13,7 @@ from lightning_sparse.export.packing import read_sparse
 from lightning_sparse.functional import count_nonzeros
 from lightning_sparse.reports import Report, Row
 
-__all__ = ["inspect_checkpoint"]
+__all__ = ["inspect_checkpoint", "read_checkpoint"]
 
 # Under which keys a file may hold the state dict.
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
@@ -47,7 +47,7 @@ def inspect_checkpoint(path: str | Path) -> Report:
         {'sparsity/total': 0.5, 'sparsity/model': 0.6666666666666666}
     """
     path = Path(path)
-    checkpoint = _load(path)
+    checkpoint = read_checkpoint(path)
     method, state = _strategy(checkpoint)
     treated, flops = state.get("latents"), _Flops(state.get("account", {}))
     rows = [
@@ -120,7 +120,7 @@ def _weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield original["module"] + original["leaf"], tensor
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """All that a file holds, without running anything."""
     if path.is_dir():
         raise ValueError(
