@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_sparse import SET, ST3, RunRecorder
 from lightning_sparse.engine.watch import dead_outputs
 from lightning_sparse.reports import read_run
-from tests.helpers.models import Classifier, Loader, Saver, fit, make_trainer
+from tests.helpers.models import Classifier, Loader, ResumableLoader, Saver, fit, make_trainer
 from tests.helpers.strategies import SETTINGS, every_strategy
 
 pytestmark = [
@@ -158,6 +158,24 @@ def test_a_resumed_run_goes_on_in_its_record(method, place):
             assert run.records == expected.records
         else:
             Path(path).unlink()
+
+
+def test_what_is_done_again_is_recorded_once():
+    whole = record("run.jsonl", "SET", Saver())
+    lines = Path("run.jsonl").read_text().splitlines(keepends=True)
+    # A crash between the last batch of an epoch and its end, which a resumed run does not come to any more.
+    Path("run.jsonl").write_text("".join(lines[:2]))
+    run = record("run.jsonl", "SET", ckpt_path="step=4.ckpt")
+    assert run.epochs == [0, 1, 2, 3]
+    assert [run.records[1][key] for key in ("step", "masks", "dead")] == [
+        whole.records[1][key] for key in ("step", "masks", "dead")
+    ]
+    # A file that is ahead of the checkpoint.
+    callback, trainer = SETTINGS["SET"].build(), make_trainer(RunRecorder("run.jsonl"), max_epochs=2)
+    trainer.callbacks.append(callback)
+    trainer.fit(Classifier(), ResumableLoader(seed=3), Loader(seed=1, batches=1), ckpt_path="step=6.ckpt")
+    assert read_run("run.jsonl").epochs == [0, 1, 2]
+    assert read_run("run.jsonl").records[2]["metrics"] != whole.records[2]["metrics"]
 
 
 def test_a_run_that_starts_anew_replaces_its_record_but_no_other_file():

@@ -6,7 +6,7 @@ from lightning_sparse.reports.runs import Run, RunFile, read_run
 
 
 def make_run(path, names, *, epochs=12, seed=0, method="ST3", size=(24, 12), masks=True, metrics=None) -> Run:
-    """Record random masks of a growing sparsity and read them back; the first layer loses outputs."""
+    """Record random masks of a growing sparsity, and read them back; the first layer loses outputs."""
     rng = np.random.default_rng(seed)
     weights = [{"name": name, "shape": list(size), "outputs": size[0]} for name in names]
     scores = [rng.random(size).ravel() for _ in names]
@@ -15,7 +15,8 @@ def make_run(path, names, *, epochs=12, seed=0, method="ST3", size=(24, 12), mas
     numel = size[0] * size[1]
     for epoch in range(epochs + 1):
         goal = 0.9 * min(1.0, 2 * epoch / epochs)
-        kept = [score >= goal * (0.9 + 0.1 * i / len(names)) for i, score in enumerate(scores)]
+        moved = [score + 0.05 * rng.random(numel) for score in scores]
+        kept = [score >= goal * (0.9 + 0.1 * i / len(names)) for i, score in enumerate(moved)]
         kept[0][: size[1] * epoch // 4] = False
         sparsity = 1 - np.mean([mask.mean() for mask in kept])
         logged = {"sparsity/total": sparsity, "sparsity/target": goal, "flops/inference_ratio": 1 - sparsity}

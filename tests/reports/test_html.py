@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from lightning_sparse.reports import Run, write_report
 from lightning_sparse.reports.charts import Bars, Heat, Lines, best, comparison, direction, of_run, shorten
+from lightning_sparse.reports.html import _literal
 from tests.helpers.recorded import make_run
 
 HOSTILE = "</script><img src=x onerror=document.title='broken'>$\\frac$&\"'`%{y}"
@@ -112,6 +113,8 @@ def test_names_cannot_break_out_of_the_page(pair):
     own = write_report(pair, "report.html").read_text("utf-8")
     assert HOSTILE not in own
     assert "<img" not in own.partition("</head>")[2]
+    assert _literal({HOSTILE: [HOSTILE, float("nan")]}).count("<") == 0
+    assert json.loads(_literal({HOSTILE: [HOSTILE, float("nan")]})) == {HOSTILE: [HOSTILE, None]}
     assert own.count("<script>") == own.count("</script>") == 2
 
 
