@@ -155,8 +155,10 @@ def write_report(
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
-    """Runs of the same name get numbers."""
+    """Runs of the same name are told apart by their methods, or else by numbers."""
     names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [" + ".join(method["name"] for method in run.methods) or "dense" for run in runs]
     numbered = [
         f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)
     ]
