@@ -245,7 +245,7 @@ class SparseTraining(BudgetedTraining):
         share, near = self._share(latents, scores, sparsity or 0.0, scaled), latents[0].state.get("threshold")
         near = None if near is None else near / scales[0]
         threshold = torch.tensor(math.inf)  # all that a pattern allows to go
-        if share < 1.0:
+        if self.pattern is None or share < 1.0:
             threshold = functional.magnitude_quantile(scores, share, near=near, scales=scaled)
         return [
             {"threshold": (threshold * scale).to(score.device, score.dtype)}

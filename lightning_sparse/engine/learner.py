@@ -72,11 +72,11 @@ class Learner:
             value: Largest norm, or largest entry; None or 0 for no limit.
             algorithm: ``"norm"`` (None is the same) or ``"value"``.
         """
-        learned = [tensor for group in self._groups.values() for tensor in group["params"]]
-        if value and algorithm == "value":
-            torch.nn.utils.clip_grad_value_(learned, value)
-        elif value:
-            torch.nn.utils.clip_grad_norm_(learned, value)
+        heard = [p for group in self._groups.values() for p in group["params"] if p.grad is not None]
+        if heard and value and algorithm == "value":
+            torch.nn.utils.clip_grad_value_(heard, value)
+        elif heard and value:
+            torch.nn.utils.clip_grad_norm_(heard, value)
 
     def forget(self) -> None:
         """Drop the gradients of a step that did not take place."""

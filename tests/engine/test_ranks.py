@@ -101,7 +101,8 @@ def test_a_checkpoint_of_many_ranks_resumes_in_one_process(trained, size, name, 
     consolidate_checkpoint(trained / f"{name}-fsdp-sharded.ckpt", tmp_path / "whole.ckpt")
     paths = [trained / f"{name}-{layout}.ckpt" for layout in ("ddp", "fsdp")] + [tmp_path / "whole.ckpt"]
     for path in paths:
-        assert_alike(train(name, "one", resume=path), load(trained, name, "one"))
+        record = tmp_path / f"{path.stem}.jsonl"
+        assert_alike(train(name, "one", resume=path, record=record), load(trained, name, "one"))
 
 
 @sizes
