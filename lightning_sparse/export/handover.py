@@ -67,7 +67,7 @@ def flush_subnormals(held: nn.Module) -> nn.Module: ...
 @overload
 def flush_subnormals(held: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 def flush_subnormals(held: Tensor | nn.Module | Mapping[str, Tensor]) -> Tensor | nn.Module | dict[str, Tensor]:
-    """Set numbers to zero that are too small for full precision, with which x86 processors calculate slowly.
+    """Set numbers to zero that are too small for full precision, with which some processors calculate slowly.
 
     Args:
         held: A tensor, a state dict or a model; it is not changed.
@@ -161,8 +161,8 @@ def to_program(model: nn.Module, example_inputs: Any, path: str | Path, *, dynam
 def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, dynamic_batch: bool = False) -> Handover:
     """Write an ONNX file, run it in ONNX Runtime and compare.
 
-    Subnormal numbers among the weights become zeros first: x86 processors calculate with them many times slower. The
-    file gets its name only after it was read back, gave the outputs of the model and held all of its zeros.
+    Subnormal numbers among the weights become zeros first, for some processors calculate slowly with them. The file
+    gets its name only after it was read back, gave the outputs of the model and held all of its zeros.
 
     Args:
         model: The model; it is not changed. It is written in evaluation mode.
