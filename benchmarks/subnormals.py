@@ -3,8 +3,9 @@
     python benchmarks/subnormals.py
 
 A network of eight 3×3 convolutions with batch norm and ReLU, 90 % of the weights and half of the channels pruned. What
-is pruned is 0, or ±1e-40 (what decay leaves where nothing sets weights to zero); or channels are ±1e-20 and their batch
-norm has a weight of 1e-20, ordinary numbers until a runtime folds one into the other. One thread.
+is pruned is 0, or ±1e-40 (what decay leaves where nothing sets weights to zero); or a pruned channel has a beta of 1e-40
+in its batch norm, which then is what the next layer gets; or its weights and the weight of its batch norm are 1e-20,
+ordinary numbers until a runtime folds one into the other. One thread.
 """
 
 import argparse
@@ -23,8 +24,8 @@ WIDTH, LAYERS, PIXELS = 64, 8, 28
 
 
 @torch.no_grad()
-def make_model(pruned, *, channel=None, scale=1.0):
-    """Nine weights in ten are this number, and all of half of the channels, which batch norm multiplies by `scale`."""
+def make_model(pruned, *, channel=None, scale=1.0, beta=0.0):
+    """Nine weights in ten are this number, and all of half of the channels, which batch norm scales and shifts."""
     torch.manual_seed(0)
     layers = []
     for _ in range(LAYERS):
@@ -33,7 +34,7 @@ def make_model(pruned, *, channel=None, scale=1.0):
         conv.weight.copy_(torch.where(torch.rand_like(conv.weight) < 0.9, pruned * signs, conv.weight))
         if channel is not None:
             conv.weight[: WIDTH // 2] = channel * signs[: WIDTH // 2]
-            norm.weight[: WIDTH // 2] = scale
+            norm.weight[: WIDTH // 2], norm.bias[: WIDTH // 2] = scale, beta
         layers += [conv, norm, nn.ReLU()]
     return nn.Sequential(*layers).eval()
 
@@ -102,7 +103,8 @@ def main():
         "zeros, again": make_model(0.0, channel=0.0),
         "subnormal weights": make_model(1e-40),
         "subnormal channels": make_model(1e-40, channel=1e-40),
-        "flushed": flush_subnormals(make_model(1e-40, channel=1e-40)),
+        "subnormal betas": make_model(0.0, channel=0.0, beta=1e-40),
+        "flushed": flush_subnormals(make_model(1e-40, channel=1e-40, beta=1e-40)),
         "subnormal once folded": make_model(0.0, channel=1e-20, scale=1e-20),
     }
     calls = {(engine, name): make(model, images) for engine, make in ENGINES.items() for name, model in models.items()}
@@ -120,8 +122,7 @@ def main():
     text = (
         f"{LAYERS} convolutions of {WIDTH} channels on {PIXELS}×{PIXELS} pixels. Times relative to pruned weights that"
         " are zeros, in the same engine. It depends on the processor: on some, others have reported a multiple of the"
-        " time (https://github.com/FasterAI-Labs/fasterai/issues/82).\n\n"
-        + table(["engine", "ms, zeros", *models], rows)
+        " time (https://github.com/FasterAI-Labs/fasterai/pull/82).\n\n" + table(["engine", "ms, zeros", *models], rows)
     )
     publish("What subnormal numbers cost", text, options.output)
 
