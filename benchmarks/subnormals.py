@@ -3,9 +3,9 @@
     python benchmarks/subnormals.py
 
 A network of eight 3×3 convolutions with batch norm and ReLU, 90 % of the weights and half of the channels pruned. What
-is pruned is 0, or ±1e-40 (what decay leaves where nothing sets weights to zero); or a pruned channel has a beta of 1e-40
-in its batch norm, which then is what the next layer gets; or its weights and the weight of its batch norm are 1e-20,
-ordinary numbers until a runtime folds one into the other. One thread.
+is pruned is 0, or ±1e-40 (what decay leaves where nothing sets weights to zero); or a pruned channel has a beta of
+1e-40 in its batch norm, which then is what the next layer gets; or its weights and the weight of its batch norm are
+1e-20, ordinary numbers until a runtime folds one into the other. One thread.
 """
 
 import argparse
