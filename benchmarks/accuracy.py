@@ -48,8 +48,8 @@ ARGUMENTS = {
     "TopKGradientAnnealing": {"alpha": 0.5, "alpha_reset": 0.9},
     "ST3Sigma": {"start": 0.05, "end": 0.5},
     "STR": {
-        0.9: {"threshold_init": -8.0, "threshold_weight_decay": 2.4e-3},
-        0.95: {"threshold_init": -8.0, "threshold_weight_decay": 4.2e-3},
+        0.9: {"threshold_init": -8.0, "threshold_weight_decay": 4.6e-3},
+        0.95: {"threshold_init": -8.0, "threshold_weight_decay": 7.2e-3},
     },
     "TopKAST": {"backward_sparsity": 0.5, "update_every_n_steps": 100},
     "MEST": {
