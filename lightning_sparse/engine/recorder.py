@@ -27,7 +27,7 @@ class RunRecorder(pl.Callback):
     :func:`~lightning_sparse.reports.read_run` reads it, and :func:`~lightning_sparse.reports.write_report` shows it. A
     crash loses at most what the epoch at hand would have added. A run that is resumed from a checkpoint goes on in its
     file, without what it does again; into another one it takes along what is in the first. A run that starts anew
-    replaces its file. The format is described in :mod:`lightning_sparse.reports.runs`.
+    replaces its file. The format is described in ``lightning_sparse.reports.runs``.
 
     Args:
         path: The file, by custom ``*.jsonl``; None for ``run.jsonl`` in the folder that the logger has for the

@@ -1,7 +1,7 @@
 """From the trained model to what other programs load."""
 
 from lightning_sparse.export.acceleration import Acceleration, LayerTime, accelerate
-from lightning_sparse.export.explanation import Explanation, explain
+from lightning_sparse.export.explanation import Explanation, LayerFacts, Verdict, explain
 from lightning_sparse.export.handover import (
     Handover,
     flush_subnormals,
@@ -19,9 +19,11 @@ __all__ = [
     "Acceleration",
     "Explanation",
     "Handover",
+    "LayerFacts",
     "LayerTime",
     "SlimLayer",
     "Slimming",
+    "Verdict",
     "accelerate",
     "explain",
     "flush_subnormals",

@@ -15,11 +15,11 @@ from torch import nn
 from lightning_sparse.export.acceleration import Acceleration, accelerate
 from lightning_sparse.export.csr import DTYPES
 
-__all__ = ["RULES", "Condition", "Explanation", "Layer", "Line", "Rule", "explain"]
+__all__ = ["RULES", "Condition", "Explanation", "LayerFacts", "Rule", "Verdict", "explain"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerFacts:
     """What the rules ask of a layer.
 
     Attributes:
@@ -50,7 +50,7 @@ class Condition:
     """One thing that a runtime needs to gain from zeros: in words, and as a test."""
 
     words: str
-    holds: Callable[[Layer], bool]
+    holds: Callable[[LayerFacts], bool]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def _has_sparse_tensor_cores() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def _is_small(layer: Layer) -> bool:
+def _is_small(layer: LayerFacts) -> bool:
     return layer.kind == "Linear" and torch.Size(layer.shape).numel() < 1024 * 1024
 
 
-def _has_zeros_enough(layer: Layer) -> bool:
+def _has_zeros_enough(layer: LayerFacts) -> bool:
     return layer.kind != "Linear" or layer.sparsity >= (0.9 if (layer.rows or 1) > 64 else 0.8)
 
 
@@ -158,7 +158,7 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class Line:
+class Verdict:
     """The answer for one layer in one runtime.
 
     Attributes:
@@ -186,8 +186,8 @@ class Explanation:
         acceleration: The measurement, if there was one.
     """
 
-    layers: list[Layer]
-    lines: list[Line]
+    layers: list[LayerFacts]
+    lines: list[Verdict]
     acceleration: Acceleration | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class Explanation:
     def _answers(self, rule: Rule) -> Iterator[str]:
         yield from _wrap("needs", "; ".join(need.words for need in rule.needs))
         yield from _wrap("source", rule.source)
-        answers: dict[tuple[bool, str], list[Line]] = {}
+        answers: dict[tuple[bool, str], list[Verdict]] = {}
         for line in self.lines:
             if line.runtime == rule.runtime:
                 answers.setdefault((line.faster, line.reason), []).append(line)
@@ -266,11 +266,11 @@ def explain(model: nn.Module, example_inputs: Any = None, *, seconds: float = 4.
     return Explanation(layers, lines, report)
 
 
-def _look_at(name: str, module: nn.Linear | nn.Conv2d, rows: int | None) -> Layer:
+def _look_at(name: str, module: nn.Linear | nn.Conv2d, rows: int | None) -> LayerFacts:
     weight = module.weight.detach()
     kept = (weight != 0).flatten(1)
     grouped = isinstance(module, nn.Conv2d) and module.groups > 1
-    return Layer(
+    return LayerFacts(
         name,
         f"grouped {type(module).__name__}" if grouped else "Conv2d" if isinstance(module, nn.Conv2d) else "Linear",
         tuple(weight.shape),
@@ -283,6 +283,8 @@ def _look_at(name: str, module: nn.Linear | nn.Conv2d, rows: int | None) -> Laye
     )
 
 
-def _apply(rule: Rule, layer: Layer) -> Line:
+def _apply(rule: Rule, layer: LayerFacts) -> Verdict:
     missing = [need.words for need in rule.needs if not need.holds(layer)]
-    return Line(layer.name, rule.runtime, not missing, f"lacks {'; '.join(missing)}" if missing else "has all of this")
+    return Verdict(
+        layer.name, rule.runtime, not missing, f"lacks {'; '.join(missing)}" if missing else "has all of this"
+    )

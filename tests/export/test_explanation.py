@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from lightning_sparse.export import explain, explanation
-from lightning_sparse.export.explanation import RULES, Layer
+from lightning_sparse.export.explanation import RULES, LayerFacts
 from tests.export.test_acceleration import SPARSE_WINS, give_times, pruned
 
 CSR, OPENVINO, SLIM, TWO_OF_FOUR = (RULES[place].runtime for place in (1, 2, 4, 5))
 IDEAL = {
-    CSR: Layer("a", "Linear", (1024, 1024), torch.float32, 0.8, 0, 0, is_2_4=False),
-    OPENVINO: Layer("a", "Linear", (64, 128), torch.int8, 0.6, 0, 0, is_2_4=False, rows=1),
-    SLIM: Layer("a", "Conv2d", (8, 4, 3, 3), torch.float32, 0.1, 0, 1, is_2_4=False),
-    TWO_OF_FOUR: Layer("a", "Linear", (96, 128), torch.bfloat16, 0.5, 0, 0, is_2_4=True),
+    CSR: LayerFacts("a", "Linear", (1024, 1024), torch.float32, 0.8, 0, 0, is_2_4=False),
+    OPENVINO: LayerFacts("a", "Linear", (64, 128), torch.int8, 0.6, 0, 0, is_2_4=False, rows=1),
+    SLIM: LayerFacts("a", "Conv2d", (8, 4, 3, 3), torch.float32, 0.1, 0, 1, is_2_4=False),
+    TWO_OF_FOUR: LayerFacts("a", "Linear", (96, 128), torch.bfloat16, 0.5, 0, 0, is_2_4=True),
 }
 
 
@@ -79,7 +79,7 @@ def test_no_on_another_machine(runtime, machine, reason, any_machine, monkeypatc
 @pytest.mark.parametrize("runtime", [RULES[0].runtime, RULES[3].runtime])
 def test_dense_kernels_gain_nothing(runtime):
     line = next(line for line in explain(pruned(nn.Linear(512, 512), 0.99)).lines if line.runtime == runtime)
-    assert line == explanation.Line("", runtime, faster=False, reason="lacks kernels that skip zeros")
+    assert line == explanation.Verdict("", runtime, faster=False, reason="lacks kernels that skip zeros")
 
 
 def test_layers_are_looked_at():
@@ -89,7 +89,7 @@ def test_layers_are_looked_at():
         model[0].weight[1] = 0
         model[2].weight[:, 1:] = 0
     linear, grouped, conv = explain(model).layers
-    assert linear == Layer("0", "Linear", (4, 8), torch.float32, 5 / 8, 1, 4, is_2_4=True)
+    assert linear == LayerFacts("0", "Linear", (4, 8), torch.float32, 5 / 8, 1, 4, is_2_4=True)
     assert (grouped.kind, grouped.sparsity, grouped.is_2_4) == ("grouped Conv2d", 0.0, False)
     assert (conv.dead_outputs, conv.dead_inputs, conv.is_2_4) == (0, 2, False)
 
