@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_sparse.export.calls import arguments, copy_model
 from lightning_sparse.export.csr import DTYPES, CSRConv2d, CSRLinear
 from lightning_sparse.export.timing import time_calls
 from lightning_sparse.functional import count_nonzeros
@@ -155,7 +156,7 @@ def accelerate(
         'fewer than 50 % zeros'
     """
     _check(model)
-    dense = _copy(model)
+    dense = copy_model(model).eval().requires_grad_(False)
     times: dict[str, float] = {}
     with torch.no_grad():
         candidates = _candidates(dense, example_inputs)
@@ -188,18 +189,9 @@ def _check(model: nn.Module) -> None:
             )
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy for inference, without the Trainer that a LightningModule holds."""
-    held = (getattr(module, "_trainer", None) for module in model.modules())
-    return copy.deepcopy(model, {id(trainer): None for trainer in held if trainer}).eval().requires_grad_(False)
-
-
 def _call(model: Callable[..., Any], example_inputs: Any) -> Callable[[], Any]:
-    if isinstance(example_inputs, Mapping):
-        return lambda: model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return lambda: model(*example_inputs)
-    return lambda: model(example_inputs)
+    args, kwargs = arguments(example_inputs)
+    return lambda: model(*args, **kwargs)
 
 
 class _Candidate:
