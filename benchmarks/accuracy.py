@@ -226,7 +226,8 @@ def draw(recipes, path):
             axes.set_xlim(min(low, high - 2), max(high, low + 2))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
-        line[0].set(ylabel="test accuracy [%]", title=recipe)
+        line[0].set_ylabel("test accuracy [%]")
+        line[0].set_title(recipe, loc="left")  # may be wider than its panel
     handles = {}
     for axes in panels.flat:
         shown, names = axes.get_legend_handles_labels()
