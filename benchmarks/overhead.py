@@ -32,10 +32,9 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from baselines import BASELINES, SPARSITY
+from networks import ResNet50
 from tables import publish, table
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from lightning_sparse import strategies
 from lightning_sparse.engine import weights
@@ -49,15 +48,6 @@ from cifar10 import ResNet20
 WARM_UP = 2  # rounds
 COMMON = {"sparsity": SPARSITY, "start": 0, "end": 0}  # as far as a strategy has these arguments
 SETTINGS = {"GMP": {"end": 1.0, "initial_sparsity": SPARSITY}}  # on the ramp, for its mask is frozen afterwards
-
-
-class ResNet50(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.network = ResNetForImageClassification(ResNetConfig(num_labels=1000))
-
-    def forward(self, images):
-        return self.network(images).logits
 
 
 # Network, shape of a batch, and the largest ratio that the strategies in GOALS may have.

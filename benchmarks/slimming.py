@@ -17,21 +17,12 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from networks import ResNet50
 from tables import publish, table
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from lightning_sparse.export import slim, to_onnx
 from lightning_sparse.export.timing import time_calls
-
-
-class ResNet50(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.network = ResNetForImageClassification(ResNetConfig(num_labels=1000))
-
-    def forward(self, images):
-        return self.network(images).logits
 
 
 @torch.no_grad()

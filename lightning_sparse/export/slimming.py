@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
+from lightning_sparse.export.acceleration import align
 from lightning_sparse.export.calls import arguments, copy_model, largest_difference, outputs, rounding
 from lightning_sparse.export.channels import Member, Removed, find_groups, follow, provable, reads
 from lightning_sparse.export.unknowns import Channels, Unknowns
@@ -63,10 +64,8 @@ class Slimming:
             if layer.before != layer.after or layer.zeros:
                 shapes = ("×".join(map(str, shape)) for shape in (layer.before, layer.after))
                 rows.append([layer.name, *shapes, str(layer.zeros)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         before, after = self.parameters
-        return "\n".join([*lines, f"{before:,} parameters before, {after:,} after: {after / max(1, before):.1%}"])
+        return "\n".join([*align(rows), f"{before:,} parameters before, {after:,} after: {after / max(1, before):.1%}"])
 
 
 def slim(model: nn.Module, example_inputs: Any, *, multiple_of: int = 1) -> nn.Module:
