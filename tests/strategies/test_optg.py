@@ -24,7 +24,7 @@ def test_training_equals_autograd(host, dtype):
 
 def test_scores_are_clipped_by_a_norm_of_their_own():
     assert_equal_training(
-        OptG(0.7, beta=0.3, verbose=False), twin(25, beta=0.3), epochs=25, accumulate=3, clip=0.3, interval="epoch"
+        OptG(0.7, beta=0.3, verbose=False), twin(25, beta=0.3), epochs=25, accumulate=3, clip=0.003, interval="epoch"
     )
 
 
